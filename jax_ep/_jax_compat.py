@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one module that knows JAX versions (0.10.2 and newer)."""
+
+import jax
+from jax import lax
+from jax.sharding import AxisType
+
+
+def varying_axes(x) -> frozenset[str]:
+    """Mesh axes over which `x` may differ between devices, inside `shard_map`."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def cast_to_varying(x, axes: frozenset[str]):
+    """`x` typed as varying over `axes` too (the transpose sums the cotangent over them)."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def like(x, shape, dtype):
+    """The type of a result that lives where `x` lives: its mesh and its varying axes."""
+    return jax.typeof(x).update(shape=shape, dtype=dtype, weak_type=False)
+
+
+def context_mesh():
+    """The abstract mesh in force: of the enclosing `shard_map`, or of `jax.set_mesh`."""
+    return jax.sharding.get_abstract_mesh()
+
+
+def axis_types(mesh) -> dict[str, AxisType]:
+    """Axis name to axis type (Auto, Explicit or Manual) of a mesh."""
+    return dict(zip(mesh.axis_names, mesh.axis_types, strict=True))

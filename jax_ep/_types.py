@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The static description of one exchange (`Spec`) and the pytrees a user holds."""
+
+import dataclasses
+from typing import Literal
+
+import jax
+from jax import Array
+
+Layout = Literal["ragged", "batched"]
+Implementation = Literal["cuda", "xla"]
+
+#: Names under which results are saved by `jax.checkpoint` policies such as
+#: `jax.checkpoint_policies.save_only_these_names(*jax_ep.REMAT_NAMES)`: with all of them
+#: saved, the backward pass repeats no communication of the forward pass.
+REMAT_NAMES = ("jax_ep.plan", "jax_ep.dispatch", "jax_ep.combine")
+
+#: Channels that share one FP8 scale.
+SCALE_BLOCK = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How an operation uses the device; never changes a result.
+
+    Args:
+        num_sms: thread blocks (one per SM) the CUDA kernels take; None for the default derived
+            from the link. The `xla` implementation ignores it.
+    """
+
+    num_sms: int | None = None
+
+    def __post_init__(self):
+        n = self.num_sms
+        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+            raise ValueError(f"Config.num_sms: expected None or a positive int, got {n!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Everything about an exchange that is known while tracing. Hashable."""
+
+    axis: tuple[str, ...]  # mesh axes of the group, major first
+    num_ranks: int  # R
+    num_experts: int  # E
+    num_tokens: int  # T, per rank
+    top_k: int  # K
+    rows: int  # rows of the receiver's buffer, per rank
+    alignment: int  # A
+    layout: Layout
+    zero_tail: bool
+    implementation: Implementation | None
+    config: Config
+    batch_shape: tuple[int, ...]  # the leading dimensions `combine` restores
+    groups: int | None = None  # global view: number of groups side by side; None in shard_map
+    mesh_axes: tuple[str, ...] = ()  # global view: mesh axes over which the tokens are split
+    hidden_axes: tuple[str, ...] = ()  # global view, Explicit mesh: axes that split H
+
+    @property
+    def local_experts(self) -> int:
+        """E/R."""
+        return self.num_experts // self.num_ranks
+
+    @property
+    def is_global(self) -> bool:
+        """Whether arrays carry the leading rank axis of the global view."""
+        return self.groups is not None
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of the receiver's buffer without H, as the user sees it on one rank."""
+        if self.layout == "ragged":
+            return (self.rows,)
+        return (self.local_experts, self.rows // self.local_experts)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The maps between pairs and rows, for one rank (global view: a leading rank axis)."""
+
+    pair_rank: Array  # [T, K] int32: rank that receives the pair; -1: no expert
+    pair_row: Array  # [T, K] int32: its row there; -1: no expert, or dropped
+    row_pair: Array  # [rows] int32: (source rank * T + token) * K + k; -1 on padding and tail
+    token_rows: Array  # [R*T, K] int32: my rows of (source rank, token), ascending, then -1
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Handle:
+    """The plan of one dispatch as the user holds it: opaque, a pytree of arrays."""
+
+    plan: Plan
+    spec: Spec = dataclasses.field(metadata=dict(static=True))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dispatched:
+    """What `dispatch` returns on each rank; in the global view every array has a leading [R].
+
+    Attributes:
+        tokens: [rows, H] (batched: [E/R, C, H]); expert-major rows, padding inside segments zero.
+        scales: [rows, H/128] float32 with `deliver="quantized"`, else None.
+        group_sizes: [E/R] int32; kept pairs per local expert, rounded up to `expert_alignment`:
+            what `jax.lax.ragged_dot` takes.
+        counts: [E/R] int32; kept pairs per local expert, not rounded.
+        expert_ids: [rows] int32; local expert of the row, -1 on padding and tail.
+        weights: [rows] float32, 0 on padding and tail; None without `topk_weights`.
+        num_dropped: [1] int32; pairs sent to this rank's experts that did not fit.
+        handle: what `combine` needs.
+    """
+
+    tokens: Array
+    scales: Array | None
+    group_sizes: Array
+    counts: Array
+    expert_ids: Array
+    weights: Array | None
+    num_dropped: Array
+    handle: Handle
