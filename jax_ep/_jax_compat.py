@@ -30,3 +30,10 @@ def context_mesh():
 def axis_types(mesh) -> dict[str, AxisType]:
     """Axis name to axis type (Auto, Explicit or Manual) of a mesh."""
     return dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+
+
+def partition_of(x) -> list[tuple[str, ...]]:
+    """Mesh axes that split each dimension of `x`, from its type (Explicit meshes)."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    spec += (None,) * (x.ndim - len(spec))
+    return [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]

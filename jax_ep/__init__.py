@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Expert-parallel communication for JAX: `dispatch` tokens to their experts, `combine` results.
+
+::
+
+    d = jax_ep.dispatch(x, topk_idx, topk_weights, num_experts=64)     # inside jax.shard_map
+    h = jax.lax.ragged_dot(d.tokens, w_in, d.group_sizes)
+    y = jax.lax.ragged_dot(jax.nn.silu(h), w_out, d.group_sizes)
+    out = jax_ep.combine(y, d.handle, weights=d.weights)
+"""
+
+from . import reference, routing
+from ._api import combine, dispatch
+from ._group import check, finalize, initialize
+from ._layout import num_rows
+from ._types import REMAT_NAMES, Config, Dispatched, Handle
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "REMAT_NAMES",
+    "Config",
+    "Dispatched",
+    "Handle",
+    "check",
+    "combine",
+    "dispatch",
+    "finalize",
+    "initialize",
+    "num_rows",
+    "reference",
+    "routing",
+]

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public `dispatch` and `combine`."""
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType
+
+from . import _check, _fp8, _grad, _jax_compat, _view
+from ._layout import num_rows
+from ._types import REMAT_NAMES, Config, Dispatched, Handle, Implementation, Layout, Plan, Spec
+
+_PLAN, _DISPATCH, _COMBINE = REMAT_NAMES
+
+
+def dispatch(
+    x: Array | tuple[Array, Array],
+    topk_idx: Array,
+    topk_weights: Array | None = None,
+    *,
+    num_experts: int,
+    axis_name: str | tuple[str, ...] = "expert",
+    capacity: int | None = None,
+    capacity_factor: float | None = None,
+    expert_alignment: int = 1,
+    zero_tail: bool = False,
+    wire_dtype=None,
+    scale_format: str = "float32",
+    deliver: str = "dequantized",
+    layout: Layout = "ragged",
+    implementation: Implementation | None = None,
+    config: Config | None = None,
+    batch_axes: str | tuple[str, ...] | None = None,
+) -> Dispatched:
+    """Send every token to the ranks that hold its experts; rows arrive sorted by expert.
+
+    Call it inside `jax.shard_map` on per-device blocks, or under `jit` on global arrays with a mesh
+    set by `jax.set_mesh`: results then carry a leading rank axis. Differentiable in `x` and
+    `topk_weights`. Equivalent code on all ranks at once: `jax_ep.reference.dispatch`, in short::
+
+        pairs = sorted((idx[r, t, k], r, t, k) for every pair with idx >= 0)
+        tokens = [x[r, t] for (e, r, t, k) in pairs if e is mine]
+
+    Args:
+        x: [..., H] bfloat16, float16 or float32; leading dimensions flatten to T tokens, equal on
+            all ranks. Or `(x_fp8 [..., H], scales [..., H/128] float32)`.
+        topk_idx: [..., K] integer; experts of each token, -1 for none. Naming one twice makes
+            two pairs.
+        topk_weights: [..., K] float32, delivered as `weights` of the rows.
+        num_experts: E, over the whole group; rank r owns experts [r*E/R, (r+1)*E/R).
+        axis_name: mesh axis of the group, or a tuple of axes, major first.
+        capacity: bound on this rank's rows. Pairs beyond it are dropped by water-filling: light
+            experts lose nothing. The default never drops (but for experts named twice).
+        capacity_factor: the bound as a multiple of T*K; not both.
+        expert_alignment: every expert's segment is a multiple of this many rows, padded by zeros.
+        zero_tail: zero the rows after the last segment too; otherwise they are unspecified.
+        wire_dtype: `jnp.float8_e4m3fn` to quantise for the wire, one scale per 128 channels.
+        scale_format: "float32", or "e8m0" for scales that are powers of two.
+        deliver: "dequantized" rows of `x.dtype`, or "quantized" with `scales` (no gradient).
+        layout: "ragged", or "batched": tokens [E/R, C, H] with C = R*T or capacity // (E/R).
+        implementation: "cuda", "xla", or None: the best of the platform when lowering.
+        config: how the CUDA kernels use the device.
+        batch_axes: global view on Auto meshes only: mesh axes, major to the group's, over which
+            the batch is split too; each slice of them is a group of its own. Explicit meshes read
+            it from the type of `x`.
+
+    Returns:
+        A `Dispatched`.
+
+    Raises:
+        TypeError, ValueError: while tracing, naming the argument, with expected and got.
+
+    Source: the row order is that of MegaBlocks (Gale et al. 2022) with DeepEP's exchange.
+    """
+    axes = _check.axis_tuple(axis_name)
+    in_global_view = _check.find_view(axes)
+    _check.one_of("implementation", implementation, (None, "cuda", "xla"))
+    if not isinstance(zero_tail, bool):
+        raise TypeError(f"zero_tail: expected a bool, got {zero_tail!r}")
+    x, scales = _check.tokens(
+        x, wire_dtype=wire_dtype, scale_format=scale_format, deliver=deliver
+    )
+    topk_idx, topk_weights = _check.routing(x, topk_idx, topk_weights)
+    mesh = _jax_compat.context_mesh()
+    num_ranks = _check.size(mesh, axes)
+    split, hidden_axes = (axes, ())
+    if in_global_view:
+        split, hidden_axes = _split_axes(x, axes, batch_axes, mesh)
+    elif batch_axes is not None:
+        raise ValueError(f"batch_axes: expected None inside shard_map, got {batch_axes!r}")
+    batch_shape, top_k = x.shape[:-1], topk_idx.shape[-1]
+    groups = _check.size(mesh, split) // num_ranks
+    x, topk_idx, topk_weights, scales = (
+        v if v is None else v.reshape(-1, v.shape[-1]) for v in (x, topk_idx, topk_weights, scales)
+    )
+    blocks = groups * num_ranks if in_global_view else 1
+    if x.shape[0] % blocks or (in_global_view and batch_shape[0] % blocks):
+        raise ValueError(
+            f"x: expected a leading dimension that is a multiple of the {blocks} ranks along "
+            f"{split}, got shape {(*batch_shape, x.shape[-1])}"
+        )
+    num_tokens = x.shape[0] // blocks
+    rows = num_rows(
+        num_tokens,
+        top_k,
+        num_experts=num_experts,
+        num_ranks=num_ranks,
+        capacity=capacity,
+        capacity_factor=capacity_factor,
+        expert_alignment=expert_alignment,
+        layout=layout,
+    )
+    _check.fits_int32("pairs", num_ranks * num_tokens * top_k)
+    spec = Spec(
+        axis=axes,
+        num_ranks=num_ranks,
+        num_experts=num_experts,
+        num_tokens=num_tokens,
+        top_k=top_k,
+        rows=rows,
+        alignment=expert_alignment,
+        layout=layout,
+        zero_tail=zero_tail,
+        implementation=implementation,
+        config=_check.config(config),
+        batch_shape=batch_shape,
+        groups=groups if in_global_view else None,
+        mesh_axes=split if in_global_view else (),
+        hidden_axes=hidden_axes,
+    )
+    topk_idx = _as_int32(topk_idx, num_experts)
+    if not in_global_view:
+        x, topk_idx, topk_weights, scales = _vary_alike(spec, x, topk_idx, topk_weights, scales)
+    return _dispatch(spec, x, scales, topk_idx, topk_weights, wire_dtype, scale_format, deliver)
+
+
+def _dispatch(spec, x, scales, topk_idx, topk_weights, wire_dtype, scale_format, deliver):
+    *maps, expert_ids, counts, sizes, dropped = checkpoint_name(
+        _view.plan(lax.stop_gradient(topk_idx), spec=spec), _PLAN
+    )
+    plan = Plan(*maps)
+    scalars = None if topk_weights is None else topk_weights.reshape(-1)
+    if deliver == "quantized":
+        q, s = (x, scales) if scales is not None else _fp8.quantize(x, scale_format)
+        sent = (q, s)
+    else:
+        if wire_dtype is not None:
+            x = _grad.wire(scale_format, x)
+        sent = (x,)
+    if scalars is not None:
+        sent = (*sent, scalars)
+    rows = _grad.dispatch_values(spec, tuple(map(lax.stop_gradient, sent)), plan)
+    rows = checkpoint_name(rows, _DISPATCH)
+    weights = rows[-1] if scalars is not None else None
+    if deliver == "quantized":
+        tokens, row_scales = rows[:2]
+        tokens = _grad.refuse_gradient(tokens, x)
+        if scalars is not None:
+            weights = _grad.attach(spec, {"scalars": weights}, {"scalars": scalars}, plan)[
+                "scalars"
+            ]
+    else:
+        row_scales = None
+        values, sources = {"rows": rows[0]}, {"rows": x}
+        if scalars is not None:
+            values["scalars"], sources["scalars"] = weights, scalars
+        attached = _grad.attach(spec, values, sources, plan)
+        tokens, weights = attached["rows"], attached.get("scalars")
+
+    def shaped(rows):
+        lead = rows.shape[:1] if spec.is_global else ()
+        return rows.reshape(*lead, *spec.row_shape, *rows.shape[len(lead) + 1 :])
+
+    return Dispatched(
+        tokens=shaped(tokens),
+        scales=None if row_scales is None else shaped(row_scales),
+        group_sizes=sizes,
+        counts=counts,
+        expert_ids=shaped(expert_ids),
+        weights=None if weights is None else shaped(weights),
+        num_dropped=dropped,
+        handle=Handle(plan, spec),
+    )
+
+
+def combine(y: Array, handle: Handle, weights: Array | None = None) -> Array:
+    """Bring rows back to their tokens and add them up; the transpose of `dispatch`.
+
+    Differentiable in `y` and `weights`. Equivalent code: `jax_ep.reference.combine`, in short::
+
+        out[r, t] = sum(weights[row] * y[row] for row in the rows of token (r, t))
+
+    Sums are in float32, first over a token's rows within a rank in row order, rounded to `y.dtype`,
+    then over ranks in order: the same bits on every run.
+
+    Args:
+        y: rows as `dispatch` delivered them: [rows, H] (batched: [E/R, C, H]; global view: a
+            leading rank axis) of bfloat16, float16 or float32; H may differ from dispatch's.
+        handle: `Dispatched.handle`.
+        weights: float32, one per row (`Dispatched.weights`); None adds the rows as they are.
+
+    Returns:
+        [..., H] of `y.dtype`, with the leading dimensions that `dispatch` saw.
+
+    Raises:
+        TypeError, ValueError: while tracing, naming the argument, with expected and got.
+    """
+    if not isinstance(handle, Handle):
+        raise TypeError(f"handle: expected a jax_ep handle, got {type(handle).__name__}")
+    spec, plan = handle.spec, handle.plan
+    in_global_view = _check.find_view(spec.axis)
+    if in_global_view != spec.is_global:
+        views = {True: "on global arrays", False: "inside shard_map"}
+        raise ValueError(
+            f"handle: made {views[spec.is_global]}, used {views[in_global_view]}; dispatch and "
+            "combine belong to one view"
+        )
+    y = _check.array("y", y, dtypes=_check.TOKEN_DTYPES)
+    lead = (spec.groups * spec.num_ranks,) if spec.is_global else ()
+    expected = (*lead, *spec.row_shape)
+    if y.ndim != len(expected) + 1 or y.shape[:-1] != expected:
+        raise ValueError(f"y: expected shape {expected} + [H], got {y.shape}")
+    y = y.reshape(*lead, spec.rows, y.shape[-1])
+    if weights is not None:
+        weights = _check.array("weights", weights, dtypes=(jnp.float32,))
+        if weights.shape != expected:
+            raise ValueError(f"weights: expected shape {expected}, got {weights.shape}")
+        weights = weights.reshape(*lead, spec.rows)
+    if not spec.is_global:
+        y, weights, *maps = _vary_alike(
+            spec, y, weights, plan.pair_rank, plan.pair_row, plan.row_pair, plan.token_rows
+        )
+        plan = Plan(*maps)
+    out = checkpoint_name(_grad.combine(spec, y, weights, plan), _COMBINE)
+    return out.reshape(*spec.batch_shape, out.shape[-1])
+
+
+def _as_int32(topk_idx, num_experts: int):
+    """Any integer type to int32; what names no expert becomes -1."""
+    named = (topk_idx >= 0) & (topk_idx < num_experts)
+    return jnp.where(named, topk_idx, -1).astype(jnp.int32)
+
+
+def _vary_alike(spec: Spec, *arrays):
+    """Cast to the union of all varying axes and the group's, before any custom_vjp sees them."""
+    present = [a for a in arrays if a is not None]
+    axes = frozenset(spec.axis).union(*map(_jax_compat.varying_axes, present))
+    return [a if a is None else _jax_compat.cast_to_varying(a, axes) for a in arrays]
+
+
+def _split_axes(x, axes, batch_axes, mesh):
+    """Mesh axes that split the tokens, and (Explicit meshes) those that split H."""
+    types = _jax_compat.axis_types(mesh)
+    if not any(types[axis] == AxisType.Explicit for axis in axes):
+        outer = () if batch_axes is None else _check.axis_tuple(batch_axes)
+        for axis in outer:
+            if axis not in types or axis in axes:
+                raise ValueError(
+                    f"batch_axes: expected axes of the mesh {mesh.axis_names} outside the group "
+                    f"{axes}, got {batch_axes!r}"
+                )
+        return (*outer, *axes), ()
+    entries = _jax_compat.partition_of(x)
+    split = entries[0]
+    if split[len(split) - len(axes) :] != axes or any(entries[1:-1]):
+        raise ValueError(
+            f"x: expected its leading dimension, alone, to be sharded over the group's axes {axes} "
+            f"as the minor ones, got {entries}"
+        )
+    return split, entries[-1]
+

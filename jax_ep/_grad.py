@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differentiable dispatch and combine over one plan: each is the other's transpose.
+
+    dispatch   tokens = S x,  w_rows = S w      dx = S^T g,          dw = S^T g_w
+    combine    out = S^T (w_rows * y)           dy = w_rows * (S g), dw_rows = <y, S g>
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from . import _fp8, _view
+from ._types import Plan, Spec
+
+QUANTIZED_GRADIENT = (
+    "jax_ep.dispatch(deliver='quantized') has no gradient for x: an fp8 result would get an fp8 "
+    "cotangent. Wrap dispatch and the expert GEMM in one jax.custom_vjp whose backward is "
+    "jax_ep.combine (docs/sharp_bits.md shows it), or use deliver='dequantized'."
+)
+
+
+def dispatch_values(spec: Spec, values, plan: Plan):
+    """Rows of `values` (per token `[T, ...]`, per pair `[T*K]`), without gradients."""
+    return _view.dispatch(*values, plan.row_pair, spec=spec, forward=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def attach(spec: Spec, rows, sources, plan: Plan):
+    """`rows`, with the gradient of `dispatch(sources)`: rows and scalars go back by `combine`.
+
+    The rows were computed from stopped sources; sources and rows are dicts with the keys "rows"
+    and, or, "scalars".
+    """
+    del sources
+    return rows
+
+
+def _attach_fwd(spec, rows, sources, plan):
+    del spec, sources
+    return rows, plan
+
+
+def _attach_bwd(spec, plan, cotangents):
+    kinds = tuple(cotangents)
+    results = _view.combine(
+        *cotangents.values(), plan.row_pair, plan.token_rows, spec=spec, kinds=kinds
+    )
+    return None, dict(zip(kinds, results, strict=True)), None
+
+
+attach.defvjp(_attach_fwd, _attach_bwd)
+
+
+@jax.custom_vjp
+def refuse_gradient(rows, source):
+    """`rows`; differentiating through them raises `QUANTIZED_GRADIENT`."""
+    del source
+    return rows
+
+
+def _refuse_fwd(rows, source):
+    raise TypeError(QUANTIZED_GRADIENT)
+
+
+refuse_gradient.defvjp(_refuse_fwd, lambda _, g: (None, g))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def wire(spec_format: str, x):
+    """Quantise and dequantise, gradient straight through."""
+    return _fp8.dequantize(*_fp8.quantize(x, spec_format), x.dtype)
+
+
+wire.defvjp(lambda spec_format, x: (wire(spec_format, x), None), lambda _, __, g: (g,))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combine(spec: Spec, y, weights, plan: Plan):
+    """`y [rows, H]` to `[T, H]`; `weights [rows]` or None."""
+    named = {"rows": y} if weights is None else {"rows": y, "weights": weights}
+    operands = (*named.values(), plan.row_pair, plan.token_rows)
+    return _view.combine(*operands, spec=spec, kinds=tuple(named))[0]
+
+
+def _combine_fwd(spec, y, weights, plan):
+    return combine(spec, y, weights, plan), (None if weights is None else y, weights, plan)
+
+
+def _combine_bwd(spec, residuals, g):
+    y, weights, plan = residuals
+    (g_rows,) = _view.dispatch(g, plan.row_pair, spec=spec, forward=False)
+    if weights is None:
+        return g_rows, None, None
+    owned = plan.row_pair >= 0
+    weights = jnp.where(owned, weights, 0)  # what a caller left in the tail stays there
+    dy = (weights[..., None] * g_rows.astype(jnp.float32)).astype(y.dtype)
+    products = y.astype(jnp.float32) * g_rows.astype(jnp.float32)
+    return dy, jnp.where(owned[..., None], products, 0).sum(-1), None
+
+
+combine.defvjp(_combine_fwd, _combine_bwd)

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The portable implementation, in JAX's own collectives; runs inside `shard_map` on any platform.
+
+    plan      sort my pairs by expert; all-gather the counts and the orders; the rest is arithmetic
+    dispatch  all-gather the tokens (a padded all-to-all whose blocks are all alike), take my rows
+    combine   sum a token's rows into a partial; all-to-all the partials; sum in rank order
+
+Memory is linear in the tokens and rows that move; there is no one-hot and no mask of pairs by rows.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ._types import Plan, Spec
+
+
+def plan(topk_idx: Array, *, spec: Spec) -> tuple[Array, ...]:
+    """`topk_idx [T, K]` to the arrays of `Plan`, then expert_ids, counts, group_sizes, dropped."""
+    R, E, T, K = spec.num_ranks, spec.num_experts, spec.num_tokens, spec.top_k
+    local, me = spec.local_experts, lax.axis_index(spec.axis)
+    expert = topk_idx.reshape(-1)
+    named = (expert >= 0) & (expert < E)
+    expert = jnp.where(named, expert, E)
+
+    order = jnp.argsort(expert, stable=True).astype(jnp.int32)  # my pairs, by expert
+    bounds = jnp.searchsorted(expert[order], jnp.arange(E + 1, dtype=jnp.int32)).astype(jnp.int32)
+    mine = jnp.diff(bounds)  # [E] my pairs of each expert
+    counts, orders, firsts = lax.all_gather((mine, order, bounds[:-1]), spec.axis)
+    asked = counts.sum(0)
+    kept, start, size = _segments(asked.reshape(R, local), spec)
+
+    # My pairs' rows: behind the earlier ranks' pairs of the expert and my own earlier ones.
+    before = (jnp.cumsum(counts, 0) - counts)[me]
+    place = jnp.zeros(T * K, jnp.int32).at[order].set(
+        jnp.arange(T * K, dtype=jnp.int32), unique_indices=True
+    )
+    safe = jnp.minimum(expert, E - 1)
+    position = place - bounds[safe] + before[safe]
+    fits = named & (position < kept.reshape(-1)[safe])
+    pair_row = jnp.where(fits, start.reshape(-1)[safe] + position, -1).reshape(T, K)
+    pair_rank = jnp.where(named, expert // local, -1).reshape(T, K)
+
+    # My rows' pairs: which segment, which source rank in it, which of that rank's pairs.
+    my_kept, my_start, my_size = kept[me], start[me], size[me]
+    row = jnp.arange(spec.rows, dtype=jnp.int32)
+    e = _last_at_most(my_start, row)
+    position = row - my_start[e]
+    owned = position < my_kept[e]
+    from_rank = lax.dynamic_slice_in_dim(counts, me * local, local, 1).T.reshape(-1)  # [E/R * R]
+    ends = jnp.cumsum(from_rank)
+    before_e = (jnp.cumsum(asked) - asked).reshape(R, local)[me]
+    dense = before_e - before_e[0]  # pairs of my experts before expert e
+    segment = jnp.searchsorted(ends, dense[e] + position, side="right").astype(jnp.int32)
+    segment = jnp.minimum(segment, local * R - 1)
+    source = segment % R
+    nth = dense[e] + position - (ends - from_rank)[segment]
+    pair = orders[source, jnp.clip(firsts[source, me * local + e] + nth, 0, max(T * K - 1, 0))]
+    row_pair = jnp.where(owned, source * (T * K) + pair, -1)
+    expert_ids = jnp.where(owned, e, -1)
+
+    # What each source token finds here: its rows in ascending order.
+    ranks = jnp.arange(R, dtype=jnp.int32)[:, None, None]
+    there = jnp.where(pair_rank == ranks, pair_row, -1)  # [R, T, K]
+    here = lax.all_to_all(there, spec.axis, 0, 0, tiled=True).reshape(R * T, K)
+    last = jnp.iinfo(jnp.int32).max
+    ascending = jnp.sort(jnp.where(here < 0, last, here), axis=-1)
+    token_rows = jnp.where(ascending == last, -1, ascending)
+
+    dropped = (asked.reshape(R, local)[me] - my_kept).sum(keepdims=True)
+    plan_arrays = (pair_rank, pair_row, row_pair, token_rows)
+    return tuple(
+        a.astype(jnp.int32) for a in (*plan_arrays, expert_ids, my_kept, my_size, dropped)
+    )
+
+
+def _last_at_most(starts: Array, row: Array) -> Array:
+    """Index of the last segment that starts at or before each row (empty ones are skipped)."""
+    return (jnp.searchsorted(starts, row, side="right") - 1).astype(jnp.int32)
+
+
+def _segments(asked: Array, spec: Spec) -> tuple[Array, Array, Array]:
+    """Kept pairs, first rows and aligned sizes of all experts, `[R, E/R]` each."""
+    A = spec.alignment
+    if spec.layout == "batched":
+        C = spec.rows // spec.local_experts
+        kept = jnp.minimum(asked, C)
+        start = jnp.broadcast_to(jnp.arange(spec.local_experts, dtype=jnp.int32) * C, asked.shape)
+        return kept, start, jnp.minimum(-(-kept // A) * A, C)
+    blocks = -(-asked // A)
+    room = _fill(blocks, spec.rows // A) * A
+    start = jnp.cumsum(room, 1) - room
+    return jnp.minimum(asked, room), start, room
+
+
+def _fill(blocks: Array, budget: int) -> Array:
+    """Water-filling: the highest level that fits, then one block each, lowest id first."""
+
+    def halve(_, bounds):
+        low, high = bounds  # the level is in [low, high)
+        middle = (low + high) // 2
+        fits = jnp.minimum(blocks, middle[:, None]).sum(1) <= budget
+        return jnp.where(fits, middle, low), jnp.where(fits, high, middle)
+
+    top = blocks.max(1) + 1
+    low, _ = lax.fori_loop(0, 32, halve, (jnp.zeros_like(top), top))
+    level = low[:, None]
+    granted = jnp.minimum(blocks, level)
+    left = budget - granted.sum(1, keepdims=True)
+    wants = blocks > level
+    return granted + (wants & (jnp.cumsum(wants, 1) <= left)).astype(blocks.dtype)
+
+
+def dispatch(values: tuple[Array, ...], row_pair: Array, *, spec: Spec) -> tuple[Array, ...]:
+    """Each of `values`, `[T, ...]` per token or `[T, K]` per pair, to my rows; padding is zero.
+
+    A value of rank 1 is `[T*K]`: one scalar per pair.
+    """
+    rows = []
+    for value in values:
+        index = row_pair if value.ndim == 1 else row_pair // spec.top_k
+        source = lax.all_gather(value, spec.axis, tiled=True)
+        owned = (row_pair >= 0).reshape(-1, *(1,) * (value.ndim - 1))
+        if source.shape[0] == 0:
+            rows.append(jnp.zeros((spec.rows, *value.shape[1:]), value.dtype))
+            continue
+        taken = source.at[jnp.maximum(index, 0)].get(mode="promise_in_bounds")
+        rows.append(jnp.where(owned, taken, jnp.zeros((), value.dtype)))
+    return tuple(rows)
+
+
+def combine(y: Array, weights: Array | None, token_rows: Array, *, spec: Spec) -> Array:
+    """Rows `[rows, H]` to tokens `[T, H]`: partial sums here, then sums in rank order there."""
+    R, T = spec.num_ranks, spec.num_tokens
+    if y.shape[0] == 0 or T == 0:
+        return jnp.zeros_like(y, shape=(T, y.shape[1])) + y[:0].sum(0)
+    by_column = jnp.moveaxis(token_rows, 1, 0)  # [K, R*T]
+
+    def add(k, acc):
+        row = lax.dynamic_index_in_dim(by_column, k, keepdims=False)
+        at = jnp.maximum(row, 0)
+        value = y.at[at].get(mode="promise_in_bounds").astype(jnp.float32)
+        if weights is not None:  # the barrier keeps XLA from contracting to a fused multiply-add
+            value = lax.optimization_barrier(weights[at][:, None] * value)
+        return acc + jnp.where((row >= 0)[:, None], value, jnp.float32(0))
+
+    longest = (token_rows >= 0).sum(1).max()
+    start = jnp.zeros_like(y, shape=(R * T, y.shape[1]), dtype=jnp.float32)
+    start = start + (token_rows[:, :1] * 0).astype(jnp.float32)  # typed as varying as the rows
+    partial = lax.fori_loop(0, longest, add, start).astype(y.dtype)
+    partials = lax.all_to_all(partial.reshape(R, T, -1), spec.axis, 0, 0, tiled=True)
+    total = partials[0].astype(jnp.float32)
+    for r in range(1, R):
+        total = total + partials[r].astype(jnp.float32)
+    return (total + jnp.float32(0)).astype(y.dtype)
+
+
+def return_scalars(scalars: Array, row_pair: Array, *, spec: Spec) -> Array:
+    """One float32 per row back to the pairs `[T*K]` that own the rows; others get zero."""
+    R, pairs = spec.num_ranks, spec.num_tokens * spec.top_k
+    owner = jnp.where(row_pair < 0, R * pairs, row_pair)
+    by_pair = jnp.zeros_like(scalars, shape=(R * pairs,)).at[owner].set(
+        scalars, mode="drop"
+    )
+    mine = lax.all_to_all(by_pair.reshape(R, pairs), spec.axis, 0, 0, tiled=True)
+    return mine.sum(0)  # one rank at most holds a pair's row

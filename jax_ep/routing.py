@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Routers: which experts a token goes to, with which weights; pure JAX, any platform."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from . import _check
+
+
+def top_k(
+    logits: Array,
+    k: int,
+    *,
+    score: str = "softmax",
+    normalize: bool = True,
+    scale: float = 1.0,
+    bias: Array | None = None,
+) -> tuple[Array, Array]:
+    """The k experts of highest score, and their weights.
+
+    Equivalent code::
+
+        scores = softmax(logits)                     # or sigmoid(logits)
+        _, idx = lax.top_k(scores + bias, k)         # the bias only selects
+        weights = scores[idx] / scores[idx].sum() * scale
+
+    Args:
+        logits: [..., E] floating.
+        k: experts per token.
+        score: "softmax" or "sigmoid".
+        normalize: divide the k weights by their sum.
+        scale: factor on the weights.
+        bias: [E] float32, added for selection only (see `update_bias`).
+
+    Returns:
+        weights [..., k] float32, idx [..., k] int32; ties go to the lower id.
+
+    Raises:
+        TypeError, ValueError: naming the argument, with expected and got.
+
+    Source: GShard (Lepikhin et al. 2020); sigmoid scores as in DeepSeek-V3 (2024).
+    """
+    scores, biased = _scores(logits, k, score, bias)
+    return _select(scores, biased, k, normalize, scale)
+
+
+def group_limited_top_k(
+    logits: Array,
+    k: int,
+    *,
+    num_groups: int,
+    topk_groups: int,
+    bias: Array | None = None,
+    score: str = "sigmoid",
+    normalize: bool = True,
+    scale: float = 1.0,
+) -> tuple[Array, Array]:
+    """The k best experts out of the best `topk_groups` groups: bounds the ranks a token visits.
+
+    Groups are consecutive experts, ranked by the sum of their two best biased scores; weights come
+    from the unbiased ones.
+
+    Args:
+        logits: [..., E] floating.
+        k: experts per token.
+        num_groups: divides E.
+        topk_groups: groups a token may use; they must hold at least k experts.
+        bias: [E] float32, added for selection only.
+        score: "sigmoid" or "softmax".
+        normalize: divide the k weights by their sum.
+        scale: factor on the weights.
+
+    Returns:
+        weights [..., k] float32, idx [..., k] int32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, with expected and got.
+
+    Source: DeepSeek-V3 technical report (2024), section 2.1.2, and its published gate.
+    """
+    scores, biased = _scores(logits, k, score, bias)
+    num_experts = scores.shape[-1]
+    if num_groups < 1 or num_experts % num_groups:
+        raise ValueError(f"num_groups: expected a divisor of {num_experts}, got {num_groups}")
+    per_group = num_experts // num_groups
+    if not 1 <= topk_groups <= num_groups or topk_groups * per_group < k:
+        raise ValueError(
+            f"topk_groups: expected 1 to {num_groups} groups with at least k={k} experts "
+            f"({per_group} each), got {topk_groups}"
+        )
+    grouped = biased.reshape(*biased.shape[:-1], num_groups, per_group)
+    best, _ = lax.top_k(grouped, min(2, per_group))
+    _, chosen = lax.top_k(best.sum(-1), topk_groups)
+    allowed = (chosen[..., None] == jnp.arange(num_groups)).any(-2)
+    masked = jnp.where(allowed[..., None], grouped, -jnp.inf).reshape(biased.shape)
+    return _select(scores, masked, k, normalize, scale)
+
+
+def update_bias(bias: Array, load: Array, *, rate: float = 1e-3) -> Array:
+    """One step of loss-free balancing: raise the bias of underloaded experts, lower the others.
+
+    Equivalent code: `bias + rate * sign(load.mean() - load)`.
+
+    Args:
+        bias: [E] float32.
+        load: [E] pairs of each expert in this step over the whole group (`expert_load`).
+        rate: step size.
+
+    Returns:
+        The new bias, [E] float32.
+
+    Raises:
+        ValueError: for shapes that differ.
+
+    Source: Wang et al. 2024, "Auxiliary-loss-free load balancing strategy for MoE".
+    """
+    if bias.shape != load.shape or bias.ndim != 1:
+        raise ValueError(f"load: expected the shape of bias {bias.shape} = [E], got {load.shape}")
+    load = load.astype(jnp.float32)
+    return bias + rate * jnp.sign(load.mean() - load)
+
+
+def expert_load(topk_idx: Array, num_experts: int, axis_name=None) -> Array:
+    """How many pairs each expert gets, over the whole group.
+
+    Equivalent code: `lax.psum(bincount(topk_idx[topk_idx >= 0], length=E), axis_name)`.
+
+    Args:
+        topk_idx: [..., K] integer, this rank's block; -1 counts for nobody.
+        num_experts: E.
+        axis_name: axes to sum over inside `shard_map`; None counts only the given array.
+
+    Returns:
+        [E] int32.
+
+    Raises:
+        TypeError: topk_idx is not integer.
+    """
+    topk_idx = _check.array("topk_idx", topk_idx, kind=jnp.integer).reshape(-1)
+    named = (topk_idx >= 0) & (topk_idx < num_experts)
+    load = jnp.zeros(num_experts, jnp.int32)
+    load = load.at[jnp.where(named, topk_idx, num_experts)].add(1, mode="drop")
+    return load if axis_name is None else lax.psum(load, axis_name)
+
+
+def _scores(logits, k, score, bias):
+    logits = _check.array("logits", logits, kind=jnp.floating)
+    _check.one_of("score", score, ("softmax", "sigmoid"))
+    if logits.ndim < 1 or not 1 <= k <= logits.shape[-1]:
+        raise ValueError(f"k: expected 1 to E for logits of shape {logits.shape}, got {k}")
+    logits = logits.astype(jnp.float32)
+    scores = jax.nn.softmax(logits) if score == "softmax" else jax.nn.sigmoid(logits)
+    if bias is None:
+        return scores, scores
+    if bias.shape != logits.shape[-1:]:
+        raise ValueError(f"bias: expected shape {logits.shape[-1:]}, got {bias.shape}")
+    return scores, scores + lax.stop_gradient(bias)
+
+
+def _select(scores, by, k, normalize, scale):
+    _, idx = lax.top_k(lax.stop_gradient(by), k)
+    weights = jnp.take_along_axis(scores, idx, axis=-1)
+    if normalize:
+        weights = weights / jnp.maximum(weights.sum(-1, keepdims=True), 1e-20)
+    return weights * scale, idx.astype(jnp.int32)
