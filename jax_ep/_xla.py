@@ -133,26 +133,27 @@ def combine(y: Array, weights: Array | None, token_rows: Array, *, spec: Spec) -
     """Rows `[rows, H]` to tokens `[T, H]`: partial sums here, then sums in rank order there."""
     R, T = spec.num_ranks, spec.num_tokens
     if y.shape[0] == 0 or T == 0:
-        return jnp.zeros_like(y, shape=(T, y.shape[1])) + y[:0].sum(0)
+        return jnp.zeros_like(y, shape=(T, y.shape[1]))
+    dtype = y.dtype
+    if weights is not None:  # the barrier keeps XLA from contracting to a fused multiply-add
+        y = lax.optimization_barrier(weights[:, None] * y.astype(jnp.float32))
     by_column = jnp.moveaxis(token_rows, 1, 0)  # [K, R*T]
 
     def add(k, acc):
         row = lax.dynamic_index_in_dim(by_column, k, keepdims=False)
         at = jnp.maximum(row, 0)
         value = y.at[at].get(mode="promise_in_bounds").astype(jnp.float32)
-        if weights is not None:  # the barrier keeps XLA from contracting to a fused multiply-add
-            value = lax.optimization_barrier(weights[at][:, None] * value)
         return acc + jnp.where((row >= 0)[:, None], value, jnp.float32(0))
 
     longest = (token_rows >= 0).sum(1).max()
     start = jnp.zeros_like(y, shape=(R * T, y.shape[1]), dtype=jnp.float32)
     start = start + (token_rows[:, :1] * 0).astype(jnp.float32)  # typed as varying as the rows
-    partial = lax.fori_loop(0, longest, add, start).astype(y.dtype)
+    partial = lax.fori_loop(0, longest, add, start).astype(dtype)
     partials = lax.all_to_all(partial.reshape(R, T, -1), spec.axis, 0, 0, tiled=True)
     total = partials[0].astype(jnp.float32)
     for r in range(1, R):
         total = total + partials[r].astype(jnp.float32)
-    return (total + jnp.float32(0)).astype(y.dtype)
+    return total.astype(dtype)
 
 
 def return_scalars(scalars: Array, row_pair: Array, *, spec: Spec) -> Array:
