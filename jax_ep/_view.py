@@ -147,5 +147,6 @@ def _sharding_rule(spec: Spec, kinds, result_kinds, operands) -> dict:
         sizes["p"] = spec.num_tokens * spec.top_k
     if with_scales:
         sizes["c"] = SCALE_BLOCK
-    whole = tuple(factor for factor in "tkpruloc" if factor in rule)
+    in_order = dict.fromkeys(factor for factor in rule if factor.isalpha())  # as Shardy numbers
+    whole = tuple(factor for factor in in_order if factor not in "ghs")
     return dict(sharding_rule=rule, need_replication_factors=whole, **sizes)
