@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# run.sh demo|test [PYTHON]: what `make demo` and `make test` do.
+# The tests run on the oldest and the newest supported Python that the machine has, each with the
+# JAX it gets: 3.11 pins the oldest supported JAX, a newer Python takes the newest.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+what=$1 python=${2:-python3}
+export NPROC=${NPROC:-64}
+
+supported() { "$1" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
+
+pythons() {  # every supported interpreter, "minor path", oldest first, one for each version
+  { echo "$python"; compgen -c | grep -xE 'python3\.1[1-9]' || true
+    ls "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin/python 2>/dev/null || true; } |
+  while read -r p; do
+    if supported "$p"; then echo "$(version "$p") $(command -v "$p")"; fi
+  done | sort -t. -k2,2n -u
+}
+
+install() {  # install PYTHON EXTRA: into .venv/VERSION-EXTRA, and print its python
+  local v venv
+  v=$(version "$1") venv=.venv/$v-$2
+  [ -x "$venv/bin/python" ] || "$1" -m venv "$venv"
+  local jax=()
+  if [ "$v" = 3.11 ]; then jax=("jax==0.10.2" "jaxlib==0.10.2"); fi
+  "$venv/bin/python" -m pip install -q --disable-pip-version-check ".[$2]" "${jax[@]}" >&2
+  echo "$venv/bin/python"
+}
+
+supported "$python" || python=$(pythons | head -n 1 | cut -d' ' -f2)
+[ -n "$python" ] || { echo "jax_ep needs Python 3.11 or newer: make $what PYTHON=/path/to/python"; exit 1; }
+
+if [ "$what" = demo ]; then
+  py=$(install "$python" demo)
+  exec "$PWD/$py" -m jax_ep demo
+fi
+
+all=$(pythons)
+oldest=$(head -n 1 <<<"$all" | cut -d' ' -f2)
+newest=$(grep -E '^3\.1[1-2] ' <<<"$all" | tail -n 1 | cut -d' ' -f2)
+py=$(install "$oldest" test)
+"$py" -m ruff check .
+"$py" -m ruff format --check .
+"$py" -m pyright --pythonpath "$py"
+git ls-files '*.cc' '*.h' '*.cu' '*.cuh' | xargs -r "$(dirname "$py")/clang-format" --dry-run --Werror
+echo "== $(version "$oldest"), oldest JAX"
+"$py" -m pytest -q
+if [ -n "$newest" ] && [ "$newest" != "$oldest" ]; then
+  echo "== $(version "$newest"), newest JAX"
+  py=$(install "$newest" test)
+  "$py" -m pytest -q
+fi
