@@ -18,7 +18,12 @@ from ._types import Plan, Spec
 def plan(topk_idx: Array, *, spec: Spec) -> tuple[Array, ...]:
     """`topk_idx [T, K]` to the arrays of `Plan`, then expert_ids, counts, group_sizes, dropped."""
     R, E, T, K = spec.num_ranks, spec.num_experts, spec.num_tokens, spec.top_k
-    local, me = spec.local_experts, lax.axis_index(spec.axis)
+    local = spec.local_experts
+    if T == 0:  # collectives refuse empty arrays
+        none = jnp.full((spec.rows,), -1, jnp.int32)
+        empty, zeros = jnp.zeros((0, K), jnp.int32), jnp.zeros(local, jnp.int32)
+        return empty, empty, none, empty, none, zeros, zeros, jnp.zeros(1, jnp.int32)
+    me = lax.axis_index(spec.axis)
     expert = topk_idx.reshape(-1)
     named = (expert >= 0) & (expert < E)
     expert = jnp.where(named, expert, E)
@@ -119,11 +124,11 @@ def dispatch(values: tuple[Array, ...], row_pair: Array, *, spec: Spec) -> tuple
     rows = []
     for value in values:
         index = row_pair if value.ndim == 1 else row_pair // spec.top_k
-        source = lax.all_gather(value, spec.axis, tiled=True)
         owned = (row_pair >= 0).reshape(-1, *(1,) * (value.ndim - 1))
-        if source.shape[0] == 0:
+        if spec.num_tokens == 0:
             rows.append(jnp.zeros((spec.rows, *value.shape[1:]), value.dtype))
             continue
+        source = lax.all_gather(value, spec.axis, tiled=True)
         taken = source.at[jnp.maximum(index, 0)].get(mode="promise_in_bounds")
         rows.append(jnp.where(owned, taken, jnp.zeros((), value.dtype)))
     return tuple(rows)
@@ -159,6 +164,8 @@ def combine(y: Array, weights: Array | None, token_rows: Array, *, spec: Spec) -
 def return_scalars(scalars: Array, row_pair: Array, *, spec: Spec) -> Array:
     """One float32 per row back to the pairs `[T*K]` that own the rows; others get zero."""
     R, pairs = spec.num_ranks, spec.num_tokens * spec.top_k
+    if pairs == 0:
+        return jnp.zeros(0, scalars.dtype)
     owner = jnp.where(row_pair < 0, R * pairs, row_pair)
     by_pair = jnp.zeros_like(scalars, shape=(R * pairs,)).at[owner].set(
         scalars, mode="drop"

@@ -149,9 +149,10 @@ def dispatch(
 
 def gather(values, index):
     """`values[index]` row by row, zero where the index is -1."""
-    taken = values[tuple(np.moveaxis(index, -1, 0))]
-    absent = (index[..., 0] < 0).reshape(index.shape[:-1] + (1,) * (taken.ndim - index.ndim + 1))
-    return np.where(absent, np.zeros((), taken.dtype), taken)
+    owned = index[..., 0] >= 0
+    taken = np.zeros(owned.shape + values.shape[index.shape[-1] :], values.dtype)
+    taken[owned] = values[tuple(index[owned].T)]
+    return taken
 
 
 def combine(y, p: Plan, weights=None, *, ranks_per_node=None):

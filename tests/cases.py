@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random inputs, and one way to run both the implementation and the reference on them."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from conftest import make_mesh
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+
+FP8 = jnp.float8_e4m3fn
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+
+
+def inputs(seed, *, R, T, H, K, E, dtype="float32", none=0.0, duplicates=False, skew=0.0):
+    """`x [R, T, H]`, `topk_idx [R, T, K]` and `topk_weights [R, T, K]`."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal((R, T, H)) * 3).astype(DTYPES[dtype])
+    score = rng.gumbel(size=(R, T, E)) - skew * np.arange(E)
+    idx = np.argsort(-score, -1)[..., :K]
+    if duplicates or K > E:
+        idx = rng.choice(idx.reshape(-1) if idx.size else E, (R, T, K))
+    idx = np.where(rng.random((R, T, K)) < none, -1, idx).astype(np.int32)
+    return x, idx, rng.standard_normal((R, T, K)).astype(np.float32)
+
+
+def flat(array):
+    """Rank axis into the first dimension, as `shard_map` splits it."""
+    return array.reshape(-1, *array.shape[2:])
+
+
+def run(x, idx, weights, *, mesh=None, **options):
+    """`(Dispatched, combined)` of the implementation."""
+    R = idx.shape[0]
+    mesh = mesh or make_mesh((R,))
+    args = [jax.tree.map(flat, x), flat(idx)] + ([] if weights is None else [flat(weights)])
+
+    def body(x, idx, weights=None):
+        d = jax_ep.dispatch(x, idx, weights, **options)
+        y = d.tokens if d.scales is None else d.tokens.astype(jnp.float32)
+        return d, jax_ep.combine(y, d.handle, weights=d.weights)
+
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    return jax.jit(mapped)(*args)
+
+
+def reference(x, idx, weights, **options):
+    """The same by `jax_ep.reference`."""
+    d = jax_ep.reference.dispatch(x, idx, weights, **options)
+    y = d.tokens if d.scales is None else d.tokens.astype(np.float32)
+    return d, jax_ep.reference.combine(y, d.plan, d.weights)
+
+
+def assert_same_bits(name, got, want):
+    """Equal to the last bit, NaNs and signs of zero included."""
+    got = np.ascontiguousarray(got).reshape(want.shape)
+    assert got.dtype == want.dtype, f"{name}: dtype {got.dtype}, expected {want.dtype}"
+    same = got.view(np.uint8) == np.ascontiguousarray(want).view(np.uint8)
+    assert same.all(), f"{name}: {np.argwhere(~same)[:5]} differ\n{got}\n{want}"
+
+
+def assert_matches(got, want):
+    """A run equals the reference bit for bit (`xla` zeroes the tail, as the reference does)."""
+    (d, combined), (ref, ref_combined) = got, want
+    plan = ref.plan
+    for name in ("expert_ids", "counts", "group_sizes", "num_dropped"):
+        assert_same_bits(name, getattr(d, name), getattr(plan, name))
+    assert_same_bits("tokens", d.tokens, ref.tokens)
+    if ref.scales is not None:
+        assert_same_bits("scales", d.scales, ref.scales)
+    if ref.weights is not None:
+        assert_same_bits("weights", d.weights, ref.weights)
+    assert_same_bits("combined", combined, ref_combined)

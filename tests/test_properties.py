@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random shapes, dtypes, routings and options: the implementation equals the reference in bits."""
+
+import pytest
+from cases import FP8, assert_matches, inputs, reference, run
+from conftest import IMPLEMENTATIONS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+SLOW = dict(
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+
+
+@st.composite
+def problems(draw):
+    """Arguments of `inputs`, and options of `dispatch`."""
+    R = draw(st.sampled_from([1, 2, 4, 8]))
+    local = draw(st.integers(1, 5))
+    K, T = draw(st.integers(1, 6)), draw(st.integers(0, 12))
+    fp8 = draw(st.sampled_from([None, "dequantized", "quantized"]))
+    H = draw(st.sampled_from([128, 256])) if fp8 else draw(st.sampled_from([1, 7, 64]))
+    problem = dict(
+        seed=draw(st.integers(0, 2**31)),
+        R=R,
+        T=T,
+        H=H,
+        K=K,
+        E=R * local,
+        dtype=draw(st.sampled_from(["bfloat16", "float16", "float32"])),
+        none=draw(st.sampled_from([0.0, 0.3, 1.0])),
+        duplicates=draw(st.booleans()),
+        skew=draw(st.sampled_from([0.0, 0.5, 5.0])),
+    )
+    A = draw(st.sampled_from([1, 2, 3, 8]))
+    layout = draw(st.sampled_from(["ragged", "batched"]))
+    options = dict(num_experts=R * local, expert_alignment=A, layout=layout)
+    bound = draw(st.sampled_from([None, "capacity", "factor"]))
+    if bound == "capacity":
+        options["capacity"] = max(A, local) + draw(st.integers(0, R * 12 * K))
+    elif bound == "factor" and T * K >= local:
+        options["capacity_factor"] = draw(st.sampled_from([1.0, 1.25, 3.0]))
+    if fp8:
+        options |= dict(
+            wire_dtype=FP8,
+            deliver=fp8,
+            scale_format=draw(st.sampled_from(["float32", "e8m0"])),
+        )
+    return problem, options, draw(st.booleans())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=60, **SLOW)
+@given(problems())
+def test_equals_reference_bit_for_bit(implementation, problem):
+    sizes, options, weighted = problem
+    x, idx, weights = inputs(**sizes)
+    weights = weights if weighted else None
+    got = run(x, idx, weights, implementation=implementation, **options)
+    assert_matches(got, reference(x, idx, weights, **options))
