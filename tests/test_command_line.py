@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m jax_ep`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax_ep
+
+
+def command(*args):
+    return subprocess.run(
+        [sys.executable, "-m", "jax_ep", *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=os.path.dirname(os.path.dirname(jax_ep.__file__)),
+    )
+
+
+def test_info():
+    text = command("info")
+    assert text.returncode == 0, text.stderr
+    assert jax_ep.__version__ in text.stdout and "CUDA kernels: not in this build" in text.stdout
+    facts = json.loads(command("info", "--json").stdout)
+    assert facts["implementations"] == ["xla"]
+    if facts["build"]["extension"]:
+        assert facts["build"]["version"] == jax_ep.__version__
+    else:
+        assert any("compiled extension" in m for m in facts["missing"])
+
+
+def test_unknown_command():
+    result = command("nonsense")
+    assert result.returncode == 2 and "invalid choice" in result.stderr

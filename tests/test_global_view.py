@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Global arrays under plain jit: results, gradients, shardings, and a compiled module in which
+nothing is gathered but what the operation itself exchanges."""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+from cases import FP8, assert_matches, assert_same_bits, flat, inputs, reference
+from conftest import make_mesh
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+
+E, T, H = 16, 6, 256
+MESHES = [
+    ((8,), ("expert",), ("expert",)),
+    ((2, 4), ("data", "expert"), ("expert",)),
+    ((2, 4), ("data", "expert"), ("data", "expert")),
+]
+BOTH = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+
+
+def layer(x, idx, weights, **options):
+    d = jax_ep.dispatch(x, idx, weights, num_experts=E, **options)
+    return d, jax_ep.combine(d.tokens, d.handle, weights=d.weights)
+
+
+def problem(shape, names, split, axis_type):
+    mesh = make_mesh(shape, names, axis_type)
+    R = mesh.shape["expert"]
+    groups = int(np.prod([mesh.shape[a] for a in split])) // R
+    sets = [inputs(40 + g, R=R, T=T, H=H, K=3, E=E, none=0.1) for g in range(groups)]
+    args = [np.concatenate([flat(s[i]) for s in sets]) for i in range(3)]
+    options = {}
+    if groups > 1 and axis_type == AxisType.Auto:
+        options["batch_axes"] = "data"
+    on = [jax.device_put(a, NamedSharding(mesh, P(split))) for a in args]
+    return mesh, sets, on, options
+
+
+@BOTH
+@pytest.mark.parametrize("shape, names, split", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "extra", [{}, dict(wire_dtype=FP8), dict(layout="batched", expert_alignment=2)], ids=str
+)
+def test_results_gradients_shardings(shape, names, split, axis_type, extra):
+    mesh, sets, args, options = problem(shape, names, split, axis_type)
+    R, blocks = mesh.shape["expert"], len(sets) * mesh.shape["expert"]
+    with jax.set_mesh(mesh):
+        f = jax.jit(lambda *a: layer(*a, **options, **extra))
+        d, out = f(*args)
+        loss = lambda x, w: (f(x, args[1], w)[1] ** 2).sum()  # noqa: E731
+        grads = jax.jit(jax.grad(loss, (0, 1)))(args[0], args[2])
+    assert d.tokens.shape[0] == d.group_sizes.shape[0] == blocks
+    want = NamedSharding(mesh, P(split))
+    for leaf in (*jax.tree.leaves(d), out, *grads):
+        assert leaf.sharding.is_equivalent_to(want, leaf.ndim), (leaf.shape, leaf.sharding)
+    for g, (x, idx, weights) in enumerate(sets):
+        part = lambda a, g=g: np.asarray(a).reshape(len(sets), -1, *a.shape[1:])[g]  # noqa: E731
+        got = jax.tree.map(part, (d, out))
+        assert_matches(got, reference(x, idx, weights, num_experts=E, **extra))
+        sent = x
+        if extra.get("wire_dtype"):
+            sent = jax_ep.reference.dequantize(*jax_ep.reference.quantize(x), np.float32)
+        factor = np.where(idx >= 0, weights, 0).sum(-1, keepdims=True)
+        dx = 2 * factor**2 * sent
+        np.testing.assert_allclose(part(grads[0]), flat(dx), rtol=1e-4, atol=1e-4)
+        dw = 2 * (factor * sent**2).sum(-1, keepdims=True) * (idx >= 0)
+        np.testing.assert_allclose(part(grads[1]), flat(dw), rtol=1e-3, atol=1e-2)
+    del R
+
+
+def collectives(hlo):
+    """Name -> how many instructions, reduced over all computations."""
+    names = ("all-gather", "all-to-all", "all-reduce", "collective-permute", "reduce-scatter")
+    return {n: len(re.findall(rf" {n}(?:-start)?\(", hlo)) for n in names}
+
+
+@BOTH
+@pytest.mark.parametrize("shape, names, split", MESHES, ids=str)
+def test_nothing_is_gathered_around_the_operations(shape, names, split, axis_type):
+    """The global view compiles to exactly the collectives of the same code in shard_map."""
+    mesh, _, args, options = problem(shape, names, split, axis_type)
+    with jax.set_mesh(mesh):
+
+        def loss(f):
+            return lambda x, idx, w: (f(x, idx, w)[1] ** 2).sum()
+
+        inside = jax.shard_map(layer, in_specs=P(split), out_specs=P(split))
+        texts = [
+            jax.jit(jax.grad(loss(f), (0, 2))).lower(*args).compile().as_text()
+            for f in (lambda *a: layer(*a, **options), inside)
+        ]
+    view, local = map(collectives, texts)
+    assert view == local
+    assert view["collective-permute"] == 0
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_hidden_shards_stay(axis_type):
+    mesh = make_mesh((4, 2), ("expert", "tensor"), axis_type)
+    x, idx, weights = inputs(50, R=4, T=T, H=H, K=3, E=E)
+    spec = P("expert", "tensor")
+    with jax.set_mesh(mesh):
+        on = jax.device_put(flat(x), NamedSharding(mesh, spec))
+        rest = [jax.device_put(flat(a), NamedSharding(mesh, P("expert"))) for a in (idx, weights)]
+        d, out = jax.jit(layer)(on, *rest)
+    assert out.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+    assert d.tokens.sharding.is_equivalent_to(NamedSharding(mesh, P("expert", None, "tensor")), 3)
+    assert_matches((d, out), reference(x, idx, weights, num_experts=E))
+
+
+def test_one_device():
+    mesh = make_mesh((1,))
+    x, idx, weights = inputs(51, R=1, T=T, H=H, K=3, E=E)
+    with jax.set_mesh(mesh):
+        got = jax.jit(layer)(flat(x), flat(idx), flat(weights))
+    assert_matches(got, reference(x, idx, weights, num_experts=E))
+
+
+def test_leading_dimensions():
+    mesh = make_mesh((8,))
+    x, idx, weights = inputs(52, R=8, T=T, H=H, K=3, E=E)
+    with jax.set_mesh(mesh):
+        out = jax.jit(layer)(*(a.reshape(16, 3, -1) for a in (x, idx, weights)))[1]
+    assert out.shape == (16, 3, H)
+    assert_same_bits("combined", out, reference(x, idx, weights, num_experts=E)[1])

@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What JAX may do to the operations: every transform, mesh and operand type of the documentation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_matches, assert_same_bits, flat, inputs, reference
+from conftest import make_mesh
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+
+E, SIZES = 16, dict(R=8, T=6, H=8, K=3, E=16)
+
+
+def layer(x, idx, weights, **options):
+    d = jax_ep.dispatch(x, idx, weights, num_experts=E, **options)
+    return jax_ep.combine(d.tokens * 2, d.handle, weights=d.weights)
+
+
+def mapped(f, mesh=None, in_specs=P("expert"), out_specs=P("expert"), **kw):
+    return jax.shard_map(f, mesh=mesh or make_mesh(), in_specs=in_specs, out_specs=out_specs, **kw)
+
+
+@pytest.fixture(scope="module")
+def data():
+    x, idx, weights = inputs(20, **SIZES)
+    d = jax_ep.reference.dispatch(x, idx, weights, num_experts=E)
+    out = jax_ep.reference.combine(d.tokens * np.float32(2), d.plan, d.weights)
+    return (flat(x), flat(idx), flat(weights)), flat(out)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_jit_and_eager(data, check_vma):
+    args, want = data
+    assert_same_bits("jit", jax.jit(mapped(layer, check_vma=check_vma))(*args), want)
+    assert_same_bits("eager", mapped(layer, check_vma=check_vma)(*args), want)
+
+
+def test_eager_grad(data):
+    args, _ = data
+    f = mapped(layer)
+    eager = jax.grad(lambda x: (f(x, *args[1:]) ** 2).sum())(args[0])
+    jitted = jax.jit(jax.grad(lambda x: (f(x, *args[1:]) ** 2).sum()))(args[0])
+    np.testing.assert_allclose(eager, jitted, rtol=1e-6)
+
+
+def test_grad_inside_shard_map(data):
+    args, _ = data
+    inside = mapped(lambda *a: jax.grad(lambda x: (layer(x, *a[1:]) ** 2).sum())(a[0]))
+    outside = jax.jit(jax.grad(lambda x: (mapped(layer)(x, *args[1:]) ** 2).sum()))(args[0])
+    np.testing.assert_allclose(jax.jit(inside)(*args), outside, rtol=1e-6)
+
+
+def equations(jaxpr, counts=None):
+    """How often each jax_ep primitive stands in a jaxpr, sub-jaxprs included."""
+    counts = {} if counts is None else counts
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name.startswith("jax_ep_"):
+            counts[eqn.primitive.name] = counts.get(eqn.primitive.name, 0) + 1
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                equations(inner, counts)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "policy, want",
+    [
+        (None, dict(jax_ep_plan=2, jax_ep_dispatch=3, jax_ep_combine=2)),
+        ("names", dict(jax_ep_plan=1, jax_ep_dispatch=2, jax_ep_combine=2)),
+    ],
+)
+def test_checkpoint_counts_operations(data, policy, want):
+    args, _ = data
+    policy = policy and jax.checkpoint_policies.save_only_these_names(*jax_ep.REMAT_NAMES)
+    f = mapped(jax.checkpoint(layer, policy=policy))
+
+    def loss(x, weights):
+        return (f(x, args[1], weights) ** 2).sum()
+
+    grad = jax.grad(loss, (0, 1))
+    assert equations(jax.make_jaxpr(grad)(args[0], args[2]).jaxpr) == want
+    plain = jax.grad(lambda x, w: (mapped(layer)(x, args[1], w) ** 2).sum(), (0, 1))
+    for a, b in zip(jax.jit(grad)(args[0], args[2]), jax.jit(plain)(args[0], args[2]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_scan_and_its_gradient(data):
+    args, _ = data
+
+    def stacked(x, idx, weights):
+        step = lambda h, _: (layer(h, idx, weights) / 4, None)  # noqa: E731
+        return lax.scan(step, x, None, length=3)[0]
+
+    def unrolled(x, idx, weights):
+        for _ in range(3):
+            x = layer(x, idx, weights) / 4
+        return x
+
+    results = []
+    for f in (stacked, unrolled):
+        g = mapped(f)
+        loss = lambda x, g=g: (g(x, *args[1:]) ** 2).sum()  # noqa: E731
+        results.append((jax.jit(g)(*args), jax.jit(jax.grad(loss))(args[0])))
+    np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
+    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
+
+
+def test_while_loop_and_cond(data):
+    args, want = data
+
+    def body(x, idx, weights):
+        done = lambda c: c[0] < 1  # noqa: E731
+        return lax.while_loop(done, lambda c: (c[0] + 1, layer(c[1], idx, weights)), (0, x))[1]
+
+    assert_same_bits("while", jax.jit(mapped(body))(*args), want)
+
+    def branch(flag, *a):
+        return lax.cond(flag, lambda *b: layer(*b), lambda *b: b[0], *a)
+
+    f = jax.jit(mapped(branch, in_specs=(P(), *(P("expert"),) * 3)))
+    assert_same_bits("taken", f(True, *args), want)
+    assert_same_bits("not taken", f(False, *args), args[0])
+
+
+def test_donation(data):
+    args, want = data
+    sharding = NamedSharding(make_mesh(), P("expert"))
+    x = jax.device_put(args[0], sharding)
+    out = jax.jit(mapped(layer), donate_argnums=0)(x, *args[1:])
+    assert_same_bits("donated", out, want)
+    assert x.is_deleted()
+
+
+def test_export_and_ahead_of_time(data):
+    args, want = data
+    put = lambda a: jax.device_put(a, NamedSharding(make_mesh(), P("expert")))  # noqa: E731
+    on = [put(a) for a in args]
+    f = jax.jit(mapped(layer))
+    exported = jax.export.deserialize(jax.export.export(f)(*on).serialize())
+    assert_same_bits("exported", jax.jit(exported.call)(*on), want)
+    assert_same_bits("compiled", f.lower(*on).compile()(*on), want)
+
+
+def test_replicated_operands(data):
+    """Replicated tokens, varying routing and the reverse: gradients are summed over the ranks."""
+    args, _ = data
+    x, weights = args[0][:6], args[2][:6]
+
+    def loss(x, weights, tile):
+        spec = P("expert") if tile else P()
+        f = mapped(layer, in_specs=(spec, P("expert"), spec))
+        if tile:
+            x, weights = jnp.tile(x, (8, 1)), jnp.tile(weights, (8, 1))
+        return (f(x, args[1], weights) ** 2).sum()
+
+    for argnum in (0, 1, (0, 1)):
+        got, want = (
+            jax.jit(jax.value_and_grad(functools.partial(loss, tile=tile), argnum))(x, weights)
+            for tile in (False, True)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "shape, names, group",
+    [
+        ((8,), ("expert",), "expert"),
+        ((4, 2), ("data", "expert"), "expert"),
+        ((2, 2, 2), ("data", "expert", "tensor"), "expert"),
+        ((2, 4), ("node", "gpu"), ("node", "gpu")),
+        ((2, 2, 2), ("data", "node", "gpu"), ("node", "gpu")),
+        ((2, 4), ("node", "gpu"), ("gpu", "node")),
+    ],
+    ids=str,
+)
+def test_meshes(shape, names, group, axis_type):
+    mesh = make_mesh(shape, names, axis_type)
+    axes = (group,) if isinstance(group, str) else group
+    split = (*(a for a in names if a == "data"), *axes)
+    groups = mesh.shape.get("data", 1)
+    R = int(np.prod([mesh.shape[a] for a in axes]))
+    sets = [inputs(30 + g, **(SIZES | dict(R=R))) for g in range(groups)]
+    args = [np.concatenate([flat(s[i]) for s in sets]) for i in range(3)]
+
+    def body(x, idx, weights):
+        d = jax_ep.dispatch(x, idx, weights, num_experts=E, axis_name=group)
+        return d, jax_ep.combine(d.tokens, d.handle, weights=d.weights)
+
+    with jax.set_mesh(mesh):
+        on = [jax.device_put(a, NamedSharding(mesh, P(split))) for a in args]
+        f = jax.jit(mapped(body, mesh, P(split), P(split)))
+        d, out = f(*on)
+        loss = lambda x: (f(x, *on[1:])[1] ** 2).sum()  # noqa: E731
+        dx = jax.jit(jax.grad(loss))(on[0])
+    for g, (x, idx, weights) in enumerate(sets):
+        part = lambda a, g=g: np.asarray(a).reshape(groups, -1, *a.shape[1:])[g]  # noqa: E731
+        assert_matches(
+            (jax.tree.map(part, d), part(out)), reference(x, idx, weights, num_experts=E)
+        )
+        factor = flat(np.where(idx >= 0, weights, 0).sum(-1, keepdims=True))
+        np.testing.assert_allclose(part(dx), 2 * factor**2 * flat(x), rtol=1e-4, atol=1e-5)
+
+
+def test_handle_leaves_and_comes_back(data):
+    args, want = data
+    first = jax.jit(mapped(lambda *a: jax_ep.dispatch(*a, num_experts=E)))
+    second = jax.jit(mapped(lambda y, d: jax_ep.combine(y, d.handle, weights=d.weights)))
+    d = first(*args)
+    assert_same_bits("combined", second(d.tokens * 2, d), want)
+
+
+def test_vmap_over_micro_batches(data):
+    (x, idx, weights), want = data
+    both = [np.stack([a, a[::-1]]) for a in (x, idx, weights)]
+    f = jax.jit(
+        mapped(lambda *a: jax.vmap(layer)(*a), in_specs=P(None, "expert"), out_specs=P(None, "expert"))
+    )
+    out = f(*both)
+    assert_same_bits("first", out[0], want)
+    single = jax.jit(mapped(layer))
+    assert_same_bits("second", out[1], np.asarray(single(*(a[1] for a in both))))
+    grad = jax.jit(jax.grad(lambda x: (f(x, *both[1:]) ** 2).sum()))(both[0])
+    alone = jax.jit(jax.grad(lambda x: (single(x, idx, weights) ** 2).sum()))(x)
+    np.testing.assert_allclose(grad[0], alone, rtol=1e-5)
+
+
+def test_vmap_with_an_operand_left_out(data):
+    (x, idx, weights), _ = data
+    f = mapped(
+        lambda x, i, w: jax.vmap(layer, in_axes=(None, 0, 0))(x, i, w),
+        in_specs=(P("expert"), P(None, "expert"), P(None, "expert")),
+        out_specs=P(None, "expert"),
+    )
+    with pytest.raises(ValueError, match="expected x, topk_idx and topk_weights all mapped"):
+        jax.jit(f)(x, np.stack([idx] * 2), np.stack([weights] * 2))
