@@ -90,19 +90,20 @@ def _run_global(op, spec: Spec, kinds, result_kinds, *operands):
         mesh=mesh,
         in_specs=specs(kinds, spec.hidden_axes),
         out_specs=specs(result_kinds, spec.hidden_axes),
+        check_vma=False,  # scalars are alike over the axes that split H; not differentiated
     )
     types = _jax_compat.axis_types(mesh)
     if any(types[axis] == AxisType.Explicit for axis in spec.mesh_axes):
         return mapped(*operands)
 
-    def partition(concrete_mesh, operand_types, result_types):
+    def partition(_, operand_types, result_types):
         del result_types
         hidden = _hidden_axes(kinds, operand_types, spec.mesh_axes)
         shardings = (
-            tuple(NamedSharding(concrete_mesh, s) for s in specs(of, hidden))
+            tuple(NamedSharding(mesh, s) for s in specs(of, hidden))
             for of in (result_kinds, kinds)
         )
-        return concrete_mesh, block, *shardings
+        return mesh, block, *shardings
 
     partitioned = custom_partitioning(mapped)
     partitioned.def_partition(
@@ -123,6 +124,8 @@ def _hidden_axes(kinds, types, mesh_axes) -> tuple[str, ...]:
     """Axes that split H of the operands as the partitioner propagated them; they may stay."""
     for kind, type_ in zip(kinds, types, strict=True):
         if kind in ("hidden", "row_hidden"):
+            if not isinstance(type_.sharding, NamedSharding):
+                return ()  # unsharded operands: nobody named a mesh
             entries = tuple(type_.sharding.spec)
             last = entries[-1] if len(entries) == len(type_.shape) else None
             axes = (last,) if isinstance(last, str) else tuple(last or ())
