@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public `dispatch` and `combine`."""
 
+import math
+
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
@@ -77,29 +79,29 @@ def dispatch(
     _check.one_of("implementation", implementation, (None, "cuda", "xla"))
     if not isinstance(zero_tail, bool):
         raise TypeError(f"zero_tail: expected a bool, got {zero_tail!r}")
-    x, scales = _check.tokens(
+    tokens, scales = _check.tokens(
         x, wire_dtype=wire_dtype, scale_format=scale_format, deliver=deliver
     )
-    topk_idx, topk_weights = _check.routing(x, topk_idx, topk_weights)
+    topk_idx, topk_weights = _check.routing(tokens, topk_idx, topk_weights)
     mesh = _jax_compat.context_mesh()
     num_ranks = _check.size(mesh, axes)
     split, hidden_axes = (axes, ())
     if in_global_view:
-        split, hidden_axes = _split_axes(x, axes, batch_axes, mesh)
+        split, hidden_axes = _split_axes(tokens, axes, batch_axes, mesh)
     elif batch_axes is not None:
         raise ValueError(f"batch_axes: expected None inside shard_map, got {batch_axes!r}")
-    batch_shape, top_k = x.shape[:-1], topk_idx.shape[-1]
+    batch_shape, top_k = tokens.shape[:-1], topk_idx.shape[-1]
     groups = _check.size(mesh, split) // num_ranks
-    x, topk_idx, topk_weights, scales = (
-        v if v is None else v.reshape(-1, v.shape[-1]) for v in (x, topk_idx, topk_weights, scales)
-    )
+    tokens, topk_idx = _flat(tokens), _flat(topk_idx)
+    topk_weights = None if topk_weights is None else _flat(topk_weights)
+    scales = None if scales is None else _flat(scales)
     blocks = groups * num_ranks if in_global_view else 1
-    if x.shape[0] % blocks or (in_global_view and batch_shape[0] % blocks):
+    if tokens.shape[0] % blocks or (in_global_view and batch_shape[0] % blocks):
         raise ValueError(
             f"x: expected a leading dimension that is a multiple of the {blocks} ranks along "
-            f"{split}, got shape {(*batch_shape, x.shape[-1])}"
+            f"{split}, got shape {(*batch_shape, tokens.shape[-1])}"
         )
-    num_tokens = x.shape[0] // blocks
+    num_tokens = tokens.shape[0] // blocks
     rows = num_rows(
         num_tokens,
         top_k,
@@ -130,8 +132,12 @@ def dispatch(
     )
     topk_idx = _as_int32(topk_idx, num_experts)
     if not in_global_view:
-        x, topk_idx, topk_weights, scales = _vary_alike(spec, x, topk_idx, topk_weights, scales)
-    return _dispatch(spec, x, scales, topk_idx, topk_weights, wire_dtype, scale_format, deliver)
+        tokens, topk_idx, topk_weights, scales = _vary_alike(
+            spec, tokens, topk_idx, topk_weights, scales
+        )
+    return _dispatch(
+        spec, tokens, scales, topk_idx, topk_weights, wire_dtype, scale_format, deliver
+    )
 
 
 def _dispatch(spec, x, scales, topk_idx, topk_weights, wire_dtype, scale_format, deliver):
@@ -216,7 +222,7 @@ def combine(y: Array, handle: Handle, weights: Array | None = None) -> Array:
             "combine belong to one view"
         )
     y = _check.array("y", y, dtypes=_check.TOKEN_DTYPES)
-    lead = (spec.groups * spec.num_ranks,) if spec.is_global else ()
+    lead = () if spec.groups is None else (spec.groups * spec.num_ranks,)
     expected = (*lead, *spec.row_shape)
     if y.ndim != len(expected) + 1 or y.shape[:-1] != expected:
         raise ValueError(f"y: expected shape {expected} + [H], got {y.shape}")
@@ -233,6 +239,11 @@ def combine(y: Array, handle: Handle, weights: Array | None = None) -> Array:
         plan = Plan(*maps)
     out = checkpoint_name(_grad.combine(spec, y, weights, plan), _COMBINE)
     return out.reshape(*spec.batch_shape, out.shape[-1])
+
+
+def _flat(array: Array) -> Array:
+    """`[..., C]` to `[T, C]`."""
+    return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
 
 
 def _as_int32(topk_idx, num_experts: int):
@@ -268,4 +279,3 @@ def _split_axes(x, axes, batch_axes, mesh):
             f"as the minor ones, got {entries}"
         )
     return split, entries[-1]
-

@@ -5,6 +5,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AxisType
 
 from . import _fp8, _jax_compat
@@ -67,7 +68,7 @@ def one_of(name: str, value, options) -> None:
 
 def array(name: str, value, *, dtypes=None, kind=None):
     """`value` as an array of one of `dtypes`, or whose dtype is a sub-type of `kind`."""
-    if not isinstance(value, (jax.Array, jax.core.Tracer)) and not hasattr(value, "__array__"):
+    if not isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(f"{name}: expected an array, got {type(value).__name__}")
     dtype = jnp.dtype(value.dtype)
     if dtypes is not None and dtype not in [jnp.dtype(d) for d in dtypes]:
@@ -98,9 +99,7 @@ def tokens(x, *, wire_dtype, scale_format, deliver):
     else:
         x = array("x", x, dtypes=TOKEN_DTYPES)
         if deliver == "quantized" and wire_dtype is None:
-            raise ValueError(
-                f"wire_dtype: expected {_FP8.name} with deliver='quantized', got None"
-            )
+            raise ValueError(f"wire_dtype: expected {_FP8.name} with deliver='quantized', got None")
     if x.ndim < 2:
         raise ValueError(f"x: expected shape [..., H] with at least two dimensions, got {x.shape}")
     hidden = x.shape[-1]

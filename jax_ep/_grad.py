@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Differentiable dispatch and combine over one plan: each is the other's transpose.
 
-    dispatch   tokens = S x,  w_rows = S w      dx = S^T g,          dw = S^T g_w
-    combine    out = S^T (w_rows * y)           dy = w_rows * (S g), dw_rows = <y, S g>
+dispatch   tokens = S x,  w_rows = S w      dx = S^T g,          dw = S^T g_w
+combine    out = S^T (w_rows * y)           dy = w_rows * (S g), dw_rows = <y, S g>
 """
 
 import functools
@@ -25,14 +25,18 @@ def dispatch_values(spec: Spec, values, plan: Plan):
     return _view.dispatch(*values, plan.row_pair, spec=spec, forward=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def attach(spec: Spec, rows, sources, plan: Plan):
+def attach(spec: Spec, rows: dict, sources: dict, plan: Plan) -> dict:
     """`rows`, with the gradient of `dispatch(sources)`: rows and scalars go back by `combine`.
 
     The rows were computed from stopped sources; sources and rows are dicts with the keys "rows"
     and, or, "scalars".
     """
-    del sources
+    return dict(_attach(spec, rows, sources, plan))  # type: ignore[arg-type]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attach(spec, rows, sources, plan):
+    del spec, sources, plan
     return rows
 
 
@@ -49,7 +53,7 @@ def _attach_bwd(spec, plan, cotangents):
     return None, dict(zip(kinds, results, strict=True)), None
 
 
-attach.defvjp(_attach_fwd, _attach_bwd)
+_attach.defvjp(_attach_fwd, _attach_bwd)
 
 
 @jax.custom_vjp

@@ -3,9 +3,9 @@
 
 import json
 import platform
+from importlib import metadata
 
 import jax
-import jaxlib
 
 from . import _ffi
 
@@ -25,7 +25,7 @@ def facts() -> dict:
         "jax_ep": jax_ep.__version__,
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": metadata.version("jaxlib"),
         "build": build,
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in devices],
         "implementations": ["xla"],

@@ -100,8 +100,7 @@ def _run_global(op, spec: Spec, kinds, result_kinds, *operands):
         del result_types
         hidden = _hidden_axes(kinds, operand_types, spec.mesh_axes)
         shardings = (
-            tuple(NamedSharding(mesh, s) for s in specs(of, hidden))
-            for of in (result_kinds, kinds)
+            tuple(NamedSharding(mesh, s) for s in specs(of, hidden)) for of in (result_kinds, kinds)
         )
         return mesh, block, *shardings
 

@@ -8,11 +8,10 @@
 Memory is linear in the tokens and rows that move; there is no one-hot and no mask of pairs by rows.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ._types import Plan, Spec
+from ._types import Spec
 
 
 def plan(topk_idx: Array, *, spec: Spec) -> tuple[Array, ...]:
@@ -37,8 +36,10 @@ def plan(topk_idx: Array, *, spec: Spec) -> tuple[Array, ...]:
 
     # My pairs' rows: behind the earlier ranks' pairs of the expert and my own earlier ones.
     before = (jnp.cumsum(counts, 0) - counts)[me]
-    place = jnp.zeros(T * K, jnp.int32).at[order].set(
-        jnp.arange(T * K, dtype=jnp.int32), unique_indices=True
+    place = (
+        jnp.zeros(T * K, jnp.int32)
+        .at[order]
+        .set(jnp.arange(T * K, dtype=jnp.int32), unique_indices=True)
     )
     safe = jnp.minimum(expert, E - 1)
     position = place - bounds[safe] + before[safe]
@@ -74,9 +75,7 @@ def plan(topk_idx: Array, *, spec: Spec) -> tuple[Array, ...]:
 
     dropped = (asked.reshape(R, local)[me] - my_kept).sum(keepdims=True)
     plan_arrays = (pair_rank, pair_row, row_pair, token_rows)
-    return tuple(
-        a.astype(jnp.int32) for a in (*plan_arrays, expert_ids, my_kept, my_size, dropped)
-    )
+    return tuple(a.astype(jnp.int32) for a in (*plan_arrays, expert_ids, my_kept, my_size, dropped))
 
 
 def _last_at_most(starts: Array, row: Array) -> Array:
@@ -167,8 +166,6 @@ def return_scalars(scalars: Array, row_pair: Array, *, spec: Spec) -> Array:
     if pairs == 0:
         return jnp.zeros(0, scalars.dtype)
     owner = jnp.where(row_pair < 0, R * pairs, row_pair)
-    by_pair = jnp.zeros_like(scalars, shape=(R * pairs,)).at[owner].set(
-        scalars, mode="drop"
-    )
+    by_pair = jnp.zeros_like(scalars, shape=(R * pairs,)).at[owner].set(scalars, mode="drop")
     mine = lax.all_to_all(by_pair.reshape(R, pairs), spec.axis, 0, 0, tiled=True)
     return mine.sum(0)  # one rank at most holds a pair's row

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from ._layout import num_rows
-from ._types import SCALE_BLOCK
+from ._types import SCALE_BLOCK, Layout
 
 _F32, _F8 = np.float32, ml_dtypes.float8_e4m3fn
 
@@ -57,7 +57,7 @@ def grant(counts: np.ndarray, rows: int, alignment: int) -> np.ndarray:
     return granted * alignment
 
 
-def plan(topk_idx, *, num_experts, expert_alignment=1, layout="ragged", **bounds) -> Plan:
+def plan(topk_idx, *, num_experts, expert_alignment=1, layout: Layout = "ragged", **bounds) -> Plan:
     """Rows for `topk_idx [R, T, K]`; entries outside [0, E) name no expert.
 
     Args:

@@ -35,9 +35,7 @@ def test_edge_sizes(sizes):
 def test_one_empty_rank():
     x, idx, weights = inputs(1, R=4, T=6, H=8, K=2, E=8)
     idx[2] = -1
-    assert_matches(
-        run(x, idx, weights, num_experts=8), reference(x, idx, weights, num_experts=8)
-    )
+    assert_matches(run(x, idx, weights, num_experts=8), reference(x, idx, weights, num_experts=8))
 
 
 @pytest.mark.parametrize("bad", [8, 100, -2, 2**31 - 1, -(2**31)])
@@ -46,9 +44,7 @@ def test_out_of_range_names_no_expert(bad):
     idx[1, 2, 0] = bad
     want = idx.copy()
     want[1, 2, 0] = -1
-    assert_matches(
-        run(x, idx, weights, num_experts=8), reference(x, want, weights, num_experts=8)
-    )
+    assert_matches(run(x, idx, weights, num_experts=8), reference(x, want, weights, num_experts=8))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint32])

@@ -52,14 +52,14 @@ def test_results_gradients_shardings(shape, names, split, axis_type, extra):
     with jax.set_mesh(mesh):
         f = jax.jit(lambda *a: layer(*a, **options, **extra))
         d, out = f(*args)
-        loss = lambda x, w: (f(x, args[1], w)[1] ** 2).sum()  # noqa: E731
+        loss = lambda x, w: (f(x, args[1], w)[1] ** 2).sum()
         grads = jax.jit(jax.grad(loss, (0, 1)))(args[0], args[2])
     assert d.tokens.shape[0] == d.group_sizes.shape[0] == blocks
     want = NamedSharding(mesh, P(split))
     for leaf in (*jax.tree.leaves(d), out, *grads):
         assert leaf.sharding.is_equivalent_to(want, leaf.ndim), (leaf.shape, leaf.sharding)
     for g, (x, idx, weights) in enumerate(sets):
-        part = lambda a, g=g: np.asarray(a).reshape(len(sets), -1, *a.shape[1:])[g]  # noqa: E731
+        part = lambda a, g=g: np.asarray(a).reshape(len(sets), -1, *a.shape[1:])[g]
         got = jax.tree.map(part, (d, out))
         assert_matches(got, reference(x, idx, weights, num_experts=E, **extra))
         sent = x

@@ -145,9 +145,7 @@ def test_quantized_refuses_x_but_not_weights():
 
     def loss(x, weights, idx):
         def body(x, weights, idx):
-            d = jax_ep.dispatch(
-                x, idx, weights, num_experts=E, wire_dtype=FP8, deliver="quantized"
-            )
+            d = jax_ep.dispatch(x, idx, weights, num_experts=E, wire_dtype=FP8, deliver="quantized")
             return jax_ep.combine(d.tokens.astype(jnp.float32), d.handle, weights=d.weights)
 
         mapped = jax.shard_map(

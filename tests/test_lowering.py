@@ -26,7 +26,9 @@ def traced(implementation):
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_cuda_is_an_error_where_it_cannot_be(platform):
-    with pytest.raises(ValueError, match=f"cannot be lowered for {platform}.*Valid here: None, 'xla'"):
+    with pytest.raises(
+        ValueError, match=f"cannot be lowered for {platform}.*Valid here: None, 'xla'"
+    ):
         traced("cuda").lower(lowering_platforms=(platform,))
 
 

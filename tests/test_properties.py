@@ -40,7 +40,7 @@ def problems(draw):
     bound = draw(st.sampled_from([None, "capacity", "factor"]))
     if bound == "capacity":
         options["capacity"] = max(A, local) + draw(st.integers(0, R * 12 * K))
-    elif bound == "factor" and T * K >= local:
+    elif bound == "factor" and local <= T * K:
         options["capacity_factor"] = draw(st.sampled_from([1.0, 1.25, 3.0]))
     if fp8:
         options |= dict(

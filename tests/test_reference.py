@@ -84,7 +84,9 @@ def test_fp8_scales():
 
 def test_num_rows_formula():
     assert num_rows(4096, 8, num_experts=256, num_ranks=2) == 65536
-    assert num_rows(5, 3, num_experts=8, num_ranks=4, expert_alignment=16) == (40 + 15 * 2) // 16 * 16
+    assert (
+        num_rows(5, 3, num_experts=8, num_ranks=4, expert_alignment=16) == (40 + 15 * 2) // 16 * 16
+    )
     assert num_rows(5, 3, num_experts=8, num_ranks=4, capacity=37, expert_alignment=8) == 32
     assert num_rows(10, 2, num_experts=8, num_ranks=4, capacity_factor=1.25) == 25
     assert num_rows(10, 2, num_experts=8, num_ranks=4, layout="batched") == 80

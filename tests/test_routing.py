@@ -65,7 +65,7 @@ def test_all_groups_is_plain_top_k():
 
 def test_bias_has_no_gradient_and_weights_have():
     logits = np.random.default_rng(3).standard_normal((9, 16)).astype(np.float32)
-    f = lambda logits, bias: (routing.top_k(logits, 3, bias=bias)[0] ** 2).sum()  # noqa: E731
+    f = lambda logits, bias: (routing.top_k(logits, 3, bias=bias)[0] ** 2).sum()
     d_logits, d_bias = jax.grad(f, (0, 1))(logits, np.zeros(16, np.float32))
     assert np.abs(d_logits).max() > 0 and not d_bias.any()
 

@@ -96,7 +96,7 @@ def test_scan_and_its_gradient(data):
     args, _ = data
 
     def stacked(x, idx, weights):
-        step = lambda h, _: (layer(h, idx, weights) / 4, None)  # noqa: E731
+        step = lambda h, _: (layer(h, idx, weights) / 4, None)
         return lax.scan(step, x, None, length=3)[0]
 
     def unrolled(x, idx, weights):
@@ -107,7 +107,7 @@ def test_scan_and_its_gradient(data):
     results = []
     for f in (stacked, unrolled):
         g = mapped(f)
-        loss = lambda x, g=g: (g(x, *args[1:]) ** 2).sum()  # noqa: E731
+        loss = lambda x, g=g: (g(x, *args[1:]) ** 2).sum()
         results.append((jax.jit(g)(*args), jax.jit(jax.grad(loss))(args[0])))
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-6)
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
@@ -117,7 +117,7 @@ def test_while_loop_and_cond(data):
     args, want = data
 
     def body(x, idx, weights):
-        done = lambda c: c[0] < 1  # noqa: E731
+        done = lambda c: c[0] < 1
         return lax.while_loop(done, lambda c: (c[0] + 1, layer(c[1], idx, weights)), (0, x))[1]
 
     assert_same_bits("while", jax.jit(mapped(body))(*args), want)
@@ -141,7 +141,7 @@ def test_donation(data):
 
 def test_export_and_ahead_of_time(data):
     args, want = data
-    put = lambda a: jax.device_put(a, NamedSharding(make_mesh(), P("expert")))  # noqa: E731
+    put = lambda a: jax.device_put(a, NamedSharding(make_mesh(), P("expert")))
     on = [put(a) for a in args]
     f = jax.jit(mapped(layer))
     exported = jax.export.deserialize(jax.export.export(f)(*on).serialize())
@@ -199,10 +199,10 @@ def test_meshes(shape, names, group, axis_type):
         on = [jax.device_put(a, NamedSharding(mesh, P(split))) for a in args]
         f = jax.jit(mapped(body, mesh, P(split), P(split)))
         d, out = f(*on)
-        loss = lambda x: (f(x, *on[1:])[1] ** 2).sum()  # noqa: E731
+        loss = lambda x: (f(x, *on[1:])[1] ** 2).sum()
         dx = jax.jit(jax.grad(loss))(on[0])
     for g, (x, idx, weights) in enumerate(sets):
-        part = lambda a, g=g: np.asarray(a).reshape(groups, -1, *a.shape[1:])[g]  # noqa: E731
+        part = lambda a, g=g: np.asarray(a).reshape(groups, -1, *a.shape[1:])[g]
         assert_matches(
             (jax.tree.map(part, d), part(out)), reference(x, idx, weights, num_experts=E)
         )
@@ -222,7 +222,9 @@ def test_vmap_over_micro_batches(data):
     (x, idx, weights), want = data
     both = [np.stack([a, a[::-1]]) for a in (x, idx, weights)]
     f = jax.jit(
-        mapped(lambda *a: jax.vmap(layer)(*a), in_specs=P(None, "expert"), out_specs=P(None, "expert"))
+        mapped(
+            lambda *a: jax.vmap(layer)(*a), in_specs=P(None, "expert"), out_specs=P(None, "expert")
+        )
     )
     out = f(*both)
     assert_same_bits("first", out[0], want)
