@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-# `make demo` and `make test`: each makes its own virtual environment and installs everything.
+# `make test` makes its own virtual environments and installs everything.
 PYTHON ?= python3
 export NPROC ?= 64
 
-.PHONY: demo test clean
-
-demo:
-	bash tests/run.sh demo "$(PYTHON)"
+.PHONY: test clean
 
 test:
 	bash tests/run.sh test "$(PYTHON)"
