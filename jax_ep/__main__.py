@@ -4,6 +4,7 @@
 import argparse
 import sys
 
+
 def main(argv: list[str] | None = None) -> int:
     """Parse the command and run it; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m jax_ep", description=__doc__)
