@@ -19,7 +19,7 @@ def quantize(x: Array, scale_format: str) -> tuple[Array, Array]:
     `scale = amax * f32(1/448)`, `q = e4m3(x * (1/scale))`, saturating; a block whose amax is zero
     (or below the smallest normal float32) has scale 1; "e8m0" rounds the scale up to a power of 2.
     """
-    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, SCALE_BLOCK)
+    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // SCALE_BLOCK, SCALE_BLOCK)
     amax = jnp.max(jnp.abs(blocks), axis=-1, initial=0.0)
     scale = jnp.maximum(amax * np.float32(1 / 448), _TINY)
     scale = jnp.where(amax < _TINY, np.float32(1), scale)
@@ -33,5 +33,5 @@ def quantize(x: Array, scale_format: str) -> tuple[Array, Array]:
 
 def dequantize(q: Array, scales: Array, dtype: jax.typing.DTypeLike) -> Array:
     """`(q [..., H], scales [..., H/128])` to rows of `dtype`: the float32 product, rounded once."""
-    blocks = q.astype(jnp.float32).reshape(*q.shape[:-1], -1, SCALE_BLOCK)
+    blocks = q.astype(jnp.float32).reshape(*scales.shape, SCALE_BLOCK)
     return (blocks * scales[..., None]).astype(dtype).reshape(q.shape)

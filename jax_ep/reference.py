@@ -101,7 +101,7 @@ def plan(topk_idx, *, num_experts, expert_alignment=1, layout: Layout = "ragged"
 
 def quantize(x, scale_format="float32"):
     """`x [..., H]` to e4m3 values and one float32 scale per 128 channels."""
-    blocks = x.astype(_F32).reshape(*x.shape[:-1], -1, SCALE_BLOCK)
+    blocks = x.astype(_F32).reshape(*x.shape[:-1], x.shape[-1] // SCALE_BLOCK, SCALE_BLOCK)
     amax = np.abs(blocks).max(-1, initial=0)
     tiny = np.finfo(_F32).tiny
     scale = np.where(amax < tiny, _F32(1), np.maximum(amax * _F32(1 / 448), tiny))
@@ -113,7 +113,7 @@ def quantize(x, scale_format="float32"):
 
 def dequantize(q, scales, dtype):
     """The inverse of `quantize`: the float32 product, rounded once to `dtype`."""
-    blocks = q.astype(_F32).reshape(*q.shape[:-1], -1, SCALE_BLOCK)
+    blocks = q.astype(_F32).reshape(*scales.shape, SCALE_BLOCK)
     return (blocks * scales[..., None]).astype(dtype).reshape(q.shape)
 
 
