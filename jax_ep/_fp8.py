@@ -19,6 +19,9 @@ def quantize(x: Array, scale_format: str) -> tuple[Array, Array]:
     `scale = amax * f32(1/448)`, `q = e4m3(x * (1/scale))`, saturating; a block whose amax is zero
     (or below the smallest normal float32) has scale 1; "e8m0" rounds the scale up to a power of 2.
     """
+    if x.size == 0:  # XLA:CPU refuses fp8 arrays without elements
+        shape = (*x.shape[:-1], x.shape[-1] // SCALE_BLOCK)
+        return jnp.zeros_like(x, dtype=jnp.float8_e4m3fn), jnp.ones_like(x, jnp.float32, shape)
     blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], x.shape[-1] // SCALE_BLOCK, SCALE_BLOCK)
     amax = jnp.max(jnp.abs(blocks), axis=-1, initial=0.0)
     scale = jnp.maximum(amax * np.float32(1 / 448), _TINY)
