@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// Lending output buffers: a receiver publishes where its peers may write in this operation, a
+// sender takes the lease before its first push. Locations become addresses here and nowhere else.
+//
+//   receiver r: lease[s] = OPEN (own block)  ->  ready[r] of s = {locations, sizes, tag}   (push)
+//   sender   s: await ready[r]  ->  compare-and-swap r's lease[s]: OPEN -> TAKEN           (one
+//   flight)
+//
+// All blocks of a sender take the same lease; finding it taken by this operation is as good.
+#pragma once
+#include "op.cuh"
+
+namespace jax_ep {
+
+// By one block of the receiver, once: lend my outputs to every peer.
+__device__ inline void lend_outputs(const Op& op) {
+  for (int p = threadIdx.x; p < op.R; p += blockDim.x) {
+    if (p == op.me) continue;
+    store_release_sys(op.block(op.me).lease(p), op.tag);
+    Ready& there = op.block(p).ready(op.me);
+    for (int i = 0; i < kMaxOutputs; ++i) {
+      there.output[i] = op.call.lent.output[i];
+      there.bytes[i] = op.call.lent.bytes[i];
+    }
+    store_release_sys(&there.tag, op.tag);  // publishes the lease, the locations and the sizes
+  }
+}
+
+// What a sender's block knows of its peers' outputs; in shared memory.
+struct Borrowed {
+  char* output[kMaxRanks][kMaxOutputs];
+  uint64_t bytes[kMaxRanks][kMaxOutputs];
+  int failed;
+};
+
+// By every block that pushes, all threads: take the lease of every peer. False: give up.
+__device__ inline bool borrow_outputs(const Op& op, Borrowed& b) {
+  if (threadIdx.x == 0) b.failed = 0;
+  __syncthreads();
+  for (int p = threadIdx.x; p < op.R; p += blockDim.x) {
+    if (p == op.me) continue;
+    const Ready& ready = op.block(op.me).ready(p);
+    bool taken = op.await(&ready.tag, p, Phase::kReady);  // acquires what `lend_outputs` published
+    if (taken) {
+      const uint64_t was = cas_acq_rel_sys(op.block(p).lease(op.me), op.tag, op.tag | kTaken);
+      taken = was == op.tag || was == (op.tag | kTaken);
+      if (!taken) op.fail(Fault::kRevoked, Phase::kReady, p, was, op.tag);
+    }
+    if (!taken) b.failed = 1;
+    for (int i = 0; i < kMaxOutputs && taken; ++i) {
+      const Location at = ready.output[i];
+      b.output[p][i] = const_cast<char*>(op.block(op.me).mapping(p, at.allocation)) + at.offset;
+      b.bytes[p][i] = ready.bytes[i];
+    }
+  }
+  __syncthreads();
+  return !b.failed;
+}
+
+// By every block that pushes, all threads, after the pushes of one chunk: signal `done[me][chunk]`
+// to the ranks in [first, last), me excepted.
+__device__ inline void signal_chunk(const Op& op, int chunk, int first, int last) {
+  __syncthreads();  // the block's pushes before the flags
+  for (int p = first + threadIdx.x; p < last; p += blockDim.x) {
+    if (p == op.me) continue;
+    __threadfence_system();
+    store_release_sys(op.block(p).done(op.me, chunk), op.tag);  // publishes the chunk's rows
+  }
+}
+
+// By one warp of a receiver: await `done[p][chunk]` of the ranks in [first, last), me excepted.
+__device__ inline bool await_chunk(const Op& op, int chunk, int first, int last) {
+  bool arrived = true;
+  for (int p = first + int(threadIdx.x % 32); p < last; p += 32) {
+    if (p != op.me)
+      arrived &= op.await(op.block(op.me).done(p, chunk), p, Phase::kRows);  // acquires
+  }
+  return __all_sync(0xffffffffu, arrived);
+}
+
+}  // namespace jax_ep

@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: Apache-2.0
+// One operation of one rank while its kernel runs: the words of the peers' control blocks, bounded
+// waits, the first failure, grid barriers, and leaving.
+#pragma once
+#include "../kernels/launch.h"
+#include "ptx.cuh"
+
+namespace jax_ep {
+
+// Typed access to rank r's control block.
+class Block {
+ public:
+  __device__ Block(const Peers& peers, int r)
+      : at_(peers.at), base_(peers.control[r]), R_(peers.num_ranks) {}
+  __device__ Header& header() const { return *reinterpret_cast<Header*>(base_ + at_.header); }
+  __device__ const char* mapping(int rank, int allocation) const {
+    return reinterpret_cast<const char* const*>(base_ +
+                                                at_.mapping)[rank * kMaxAllocations + allocation];
+  }
+  __device__ Ready& ready(int from) const {
+    return reinterpret_cast<Ready*>(base_ + at_.ready)[from];
+  }
+  __device__ uint64_t* lease(int peer) const {
+    return reinterpret_cast<uint64_t*>(base_ + at_.lease) + peer;
+  }
+  __device__ uint64_t* left(int from) const {
+    return reinterpret_cast<uint64_t*>(base_ + at_.left) + from;
+  }
+  __device__ uint64_t* done(int from, int chunk) const {
+    return reinterpret_cast<uint64_t*>(base_ + at_.done) + from * kMaxChunks + chunk;
+  }
+  __device__ uint64_t* plan_flag(int parity, int from, int tile) const {
+    return reinterpret_cast<uint64_t*>(base_ + at_.plan_flag) + (parity * R_ + from) * kMaxTiles +
+           tile;
+  }
+  __device__ int16_t* routing(int parity, int from) const {
+    return reinterpret_cast<int16_t*>(base_ + at_.routing) + size_t(parity * R_ + from) * kMaxPairs;
+  }
+
+ private:
+  const ControlLayout& at_;
+  char* base_;
+  int R_;
+};
+
+class Op {
+ public:
+  __device__ explicit Op(const Call& call)
+      : call(call),
+        me(call.peers.rank),
+        R(call.peers.num_ranks),
+        epoch_(load_relaxed(&header().epoch) + 1),
+        tag(make_tag(call.peers.generation, epoch_, call.signature)) {}
+
+  __device__ Block block(int rank) const { return Block(call.peers, rank); }
+  __device__ Header& header() const { return block(me).header(); }
+
+  // Whether some rank has failed; then every wait gives up and results are poison.
+  __device__ bool broken() const { return load_relaxed(&header().broken) != 0; }
+
+  // Wait until `*word`, which rank `from` releases, is this operation's tag. False: give up.
+  __device__ bool await(const uint64_t* word, int from, Phase phase) const {
+    uint64_t seen = load_acquire_sys(word);
+    if (seen == tag) return true;
+    const uint64_t start = now_ns(), bound = header().timeout_ns;
+    for (;;) {
+      for (int i = 0; i < 32; ++i) {
+        seen = load_acquire_sys(word);
+        if (seen == tag) return true;
+      }
+      if (broken()) {
+        note_peer(phase);
+        return false;
+      }
+      if (seen >> 24 == tag >> 24) {
+        fail(Fault::kMismatch, phase, from, seen, tag);
+        return false;
+      }
+      if (now_ns() - start > bound) {
+        fail(Fault::kTimeout, phase, from, seen, tag);
+        return false;
+      }
+    }
+  }
+
+  // Record the first failure of this rank and tell all peers that the group is broken.
+  __device__ void fail(Fault fault, Phase phase, int awaited, uint64_t seen,
+                       uint64_t wanted) const {
+    Header& mine = header();
+    if (cas_acq_rel_sys(&mine.broken, 0, 1 + me) != 0) {
+      note_peer(phase);
+      return;
+    }
+    record(fault, phase, awaited, seen, wanted);
+    for (int p = 0; p < R; ++p) {
+      if (p != me) cas_acq_rel_sys(&block(p).header().broken, 0, 1 + me);
+    }
+  }
+
+  // All blocks of this rank's launch meet; the n-th meeting, counted from 1. False: give up.
+  __device__ bool meet(int n) const {
+    __shared__ bool met;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      uint32_t* arrivals = &header().barrier;
+      const uint32_t all = n * gridDim.x;
+      met = add_acq_rel_gpu(arrivals, 1) + 1 == all;  // publishes this block's writes
+      const uint64_t start = now_ns(), bound = header().timeout_ns;
+      while (!met) {
+        met = load_acquire_gpu(arrivals) >= all;  // sees every block's writes
+        if (!met && broken()) break;
+        if (!met && now_ns() - start > bound) {
+          fail(Fault::kTimeout, Phase::kGrid, me, load_acquire_gpu(arrivals), all);
+          break;
+        }
+      }
+    }
+    __syncthreads();
+    return met;
+  }
+
+  // Every thread of every block calls this last; the last block runs `poison` if the group is
+  // broken and completes the epoch. The next kernel on the stream sees it.
+  template <typename Poison>
+  __device__ void leave(Poison&& poison) const {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) last = add_acq_rel_gpu(&header().left, 1) + 1 == gridDim.x;
+    __syncthreads();
+    if (!last) return;
+    if (broken()) {
+      revoke_leases();
+      poison();
+    }
+    if (threadIdx.x == 0) {
+      Header& mine = header();
+      mine.left = 0;
+      mine.barrier = 0;
+      mine.epoch = epoch_;
+      if (call.operation == Operation::kPlan) mine.plans += 1;
+    }
+  }
+
+ private:
+  __device__ void record(Fault fault, Phase phase, int awaited, uint64_t seen,
+                         uint64_t wanted) const {
+    FaultRecord& r = *header().record;
+    r.operation = static_cast<uint32_t>(call.operation);
+    r.call = call.number;
+    r.phase = static_cast<uint32_t>(phase);
+    r.rank = me;
+    r.awaited = awaited;
+    r.seen = seen;
+    r.wanted = wanted;
+    __threadfence_system();  // the host reads `fault` first
+    *reinterpret_cast<volatile uint32_t*>(&r.fault) = static_cast<uint32_t>(fault);
+  }
+
+  // Nobody writes into my outputs after this: what is open is revoked, and who has taken a lease is
+  // awaited until it has left the operation (or is long dead). By the last block of a broken
+  // launch.
+  __device__ void revoke_leases() const {
+    for (int p = threadIdx.x; p < R; p += blockDim.x) {
+      if (p == me) continue;
+      store_release_sys(block(p).left(me), tag);  // my pushes to p have all been issued
+      if (call.operation == Operation::kPlan) continue;
+      const uint64_t was = cas_acq_rel_sys(block(me).lease(p), tag, tag | kRevoked);
+      const uint64_t start = now_ns(), bound = header().timeout_ns / 2;
+      while (was == (tag | kTaken) && load_acquire_sys(block(me).left(p)) != tag &&
+             now_ns() - start < bound) {
+      }
+    }
+    __syncthreads();
+  }
+
+  // A peer failed first: say so once, for this rank's `check`.
+  __device__ void note_peer(Phase phase) const {
+    FaultRecord& r = *header().record;
+    const int who = static_cast<int>(load_relaxed(&header().broken)) - 1;
+    if (who == me || *reinterpret_cast<volatile uint32_t*>(&r.fault) != 0) return;
+    record(Fault::kPeer, phase, who, 0, 0);
+  }
+
+ public:
+  const Call& call;
+  const int me;
+  const int R;
+
+ private:
+  const uint64_t epoch_;
+
+ public:
+  const uint64_t tag;
+};
+
+// Set `bytes` (a multiple of 4) at `p` to ones, by one block: NaN in every float type, -1 in
+// integers.
+__device__ inline void poison_bytes(void* p, size_t bytes, uint32_t word = ~0u) {
+  auto* words = static_cast<uint32_t*>(p);
+  if (words == nullptr) return;
+  for (size_t i = threadIdx.x; i < bytes / 4; i += blockDim.x) words[i] = word;
+}
+
+}  // namespace jax_ep

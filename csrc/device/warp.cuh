@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// Words for the 32 lanes of a warp.
+#pragma once
+#include <cuda_runtime.h>
+
+namespace jax_ep {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+__device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
+
+// The pointer that `lane` holds.
+template <typename P>
+__device__ __forceinline__ P* of_lane(P* p, int lane) {
+  return reinterpret_cast<P*>(
+      __shfl_sync(kAllLanes, reinterpret_cast<unsigned long long>(p), lane));
+}
+
+__device__ __forceinline__ int warp_sum(int v) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) v += __shfl_xor_sync(kAllLanes, v, d);
+  return v;
+}
+
+__device__ __forceinline__ int warp_max(int v) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) v = max(v, __shfl_xor_sync(kAllLanes, v, d));
+  return v;
+}
+
+// Sum over the lanes before this one; `total` receives the sum over all.
+__device__ __forceinline__ int warp_prefix(int v, int* total) {
+  int sum = v;
+#pragma unroll
+  for (int d = 1; d < 32; d *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, sum, d);
+    if (lane_id() >= d) sum += other;
+  }
+  *total = __shfl_sync(kAllLanes, sum, 31);
+  return sum - v;
+}
+
+}  // namespace jax_ep

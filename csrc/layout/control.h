@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+// The control block: the small piece of device memory of each rank that all its peers map. It holds
+// every flag, the routing that peers push to the plan, and where peers' output buffers are.
+//
+// A flag word is {state 2, generation 6, epoch 32, signature 24} and is compared for equality: the
+// epoch counts the group's operations on the device, the signature tells operations and shapes
+// apart.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "host_device.h"
+
+namespace jax_ep {
+
+constexpr int kMaxRanks = 64;
+constexpr int kMaxTopK = 32;
+constexpr int kMaxExperts = 32767;  // routing travels as int16
+constexpr int kMaxPairs = 65536;    // T*K of one rank
+constexpr int kTilePairs = 512;     // pairs that one warp ranks
+constexpr int kMaxTiles = kMaxPairs / kTilePairs;
+constexpr int kMaxChunks = 256;     // done flags of one source in one operation
+constexpr int kMaxOutputs = 3;      // buffers of one operation that peers write
+constexpr int kMaxAllocations = 8;  // pieces of a peer's memory that this process has mapped
+
+// A place in a rank's memory, as every process can name it.
+struct Location {
+  uint64_t offset;      // from the start of the allocation; one process: the address itself
+  uint32_t allocation;  // index into `Header::mapping`; 0 with base 0 in one process
+  uint32_t reserved;
+};
+
+// "My output of this operation may be written": pushed by peer p into my `ready[p]`.
+struct alignas(128) Ready {
+  Location output[kMaxOutputs];
+  uint64_t bytes[kMaxOutputs];  // of each output: pushes are checked against it
+  uint64_t tag;                 // released last
+};
+
+// My output lent to one peer, in my own block: OPEN by me, TAKEN by the peer's compare-and-swap
+// before its first push, or REVOKED by me when I give up. Who finds TAKEN waits until the peer has
+// left.
+constexpr uint64_t kTaken = uint64_t{1} << 62;
+constexpr uint64_t kRevoked = uint64_t{2} << 62;
+
+enum class Fault : uint32_t {
+  kNone = 0,
+  kTimeout = 1,   // a peer did not arrive in time
+  kMismatch = 2,  // a peer runs another operation, or other shapes
+  kRouting = 3,   // topk_idx outside [-1, E)
+  kBounds = 4,    // a push would have left the peer's buffer
+  kRevoked = 5,   // this rank came after the peer had given up
+  kPeer = 6,      // a peer reported one of these
+};
+
+enum class Phase : uint32_t { kRouting = 0, kReady = 1, kRows = 2, kGrid = 3, kEntry = 4 };
+
+// What went wrong first on this rank; in host memory that the device writes.
+struct FaultRecord {
+  uint32_t fault;      // Fault; written last
+  uint32_t operation;  // Operation
+  uint32_t call;       // the call site's number
+  uint32_t phase;      // Phase
+  int32_t rank;        // who waited
+  int32_t awaited;     // for whom
+  uint64_t seen;
+  uint64_t wanted;
+};
+
+// State of one rank; written by its own kernels, `broken` by peers too.
+struct alignas(128) Header {
+  uint64_t epoch;       // operations completed
+  uint64_t plans;       // plans completed; its parity picks the routing buffer
+  uint32_t left;        // blocks of the running kernel that have left; the last resets it
+  uint32_t barrier;     // arrivals at the running kernel's grid barriers; the last block resets it
+  uint64_t broken;      // sticky, 0 or 1 + the rank that failed first: every wait gives up
+  uint64_t timeout_ns;  // bound of every wait
+  FaultRecord* record;  // this rank's, in host memory
+};
+
+// One named piece of the control block.
+struct Field {
+  const char* name;
+  const char* writer;
+  size_t offset;
+  size_t bytes;
+};
+
+// Where the pieces are, in a group of `num_ranks`; the same on every rank.
+struct ControlLayout {
+  uint32_t header, mapping, lease, left, ready, done, plan_flag, routing, total;
+};
+
+constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+
+constexpr int kControlFields = 8;
+
+// The declaration of the layout: `visit(name, writer, bytes)` in order.
+template <typename Visit>
+constexpr void visit_control(int num_ranks, Visit&& visit) {
+  const size_t R = num_ranks;
+  visit("header", "this rank; `broken` also peers", sizeof(Header));
+  visit("mapping", "host, once", R * kMaxAllocations * sizeof(char*));
+  visit("lease", "this rank, then peer p: lease[p]", R * sizeof(uint64_t));
+  visit("left", "peer p, after a failure: left[p]", R * sizeof(uint64_t));
+  visit("ready", "peer p: ready[p]", R * sizeof(Ready));
+  visit("done", "peer p: done[p][chunk]", R * kMaxChunks * sizeof(uint64_t));
+  visit("plan_flag", "peer p: plan_flag[parity][p][tile]", 2 * R * kMaxTiles * sizeof(uint64_t));
+  visit("routing", "peer p: routing[parity][p][pair]", 2 * R * kMaxPairs * sizeof(int16_t));
+}
+
+// Offsets of the fields; `fields`, if given, receives names and sizes too.
+constexpr ControlLayout control_layout(int num_ranks, Field* fields = nullptr) {
+  size_t offsets[kControlFields] = {}, end = 0;
+  int n = 0;
+  visit_control(num_ranks, [&](const char* name, const char* writer, size_t bytes) {
+    offsets[n] = end;
+    if (fields != nullptr) fields[n] = Field{name, writer, end, bytes};
+    end = round_up(end + bytes, 128);
+    ++n;
+  });
+  auto u32 = [](size_t v) { return static_cast<uint32_t>(v); };
+  return {u32(offsets[0]), u32(offsets[1]), u32(offsets[2]), u32(offsets[3]), u32(offsets[4]),
+          u32(offsets[5]), u32(offsets[6]), u32(offsets[7]), u32(end)};
+}
+
+JAX_EP_HD uint64_t make_tag(uint32_t generation, uint64_t epoch, uint32_t signature) {
+  return (static_cast<uint64_t>(generation & 0x3f) << 56) | ((epoch & 0xffffffffu) << 24) |
+         (signature & 0xffffffu);
+}
+
+// The peers of one rank as its kernels see them; a kernel argument.
+struct Peers {
+  char* control[kMaxRanks];  // rank r's control block, at this rank's address for it
+  ControlLayout at;
+  int rank;
+  int num_ranks;
+  uint32_t generation;
+};
+
+}  // namespace jax_ep

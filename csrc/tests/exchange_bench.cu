@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+// Time of plan, dispatch and combine on D devices, one rank each, as CUDA-graph replays without
+// JAX.
+//
+//   exchange_bench [--devices D] [--tokens T] [--hidden H] [--experts E] [--topk K] [--sms N]
+//   [--wire 0|1|2]
+//
+// Prints the median and p99 over replays of the slowest rank's time per operation, in microseconds.
+#include <algorithm>
+#include <cstdlib>
+
+#include "harness.cuh"
+
+namespace jax_ep {
+namespace {
+
+constexpr int kPerGraph = 10, kReplays = 40;
+
+Case bench_case(int R, int T, int H, int E, int K, int sms, int wire) {
+  std::mt19937 rng(7);
+  Case c;
+  c.x = Exchange{R, E, T, K, R * T * std::min(K, E / R), 1, 0};
+  c.hidden = H;
+  c.wire = static_cast<Wire>(wire);
+  c.num_sms = sms;
+  std::vector<int> experts(E);
+  for (int e = 0; e < E; ++e) experts[e] = e;
+  for (int i = 0; i < R * T; ++i) {
+    for (int k = 0; k < K; ++k) std::swap(experts[k], experts[k + rng() % (E - k)]);
+    c.topk_idx.insert(c.topk_idx.end(), experts.begin(), experts.begin() + K);
+  }
+  std::normal_distribution<float> normal;
+  for (int r = 0; r < R; ++r) {
+    Bytes rows(size_t(T) * H * 2);
+    for (size_t i = 0; i < size_t(T) * H; ++i) set_element(rows, c.type, i, normal(rng));
+    c.rows_in.push_back(rows);
+    c.scalars_in.push_back(std::vector<float>(size_t(T) * K, 0.5f));
+  }
+  return c;
+}
+
+template <typename Go>
+void time_op(const char* name, Group& group, Harness& h, Go&& go) {
+  const int R = group.num_ranks();
+  std::vector<cudaGraphExec_t> graphs;
+  for (int r = 0; r < R; ++r) {
+    require(cudaSetDevice(group.devices()[r]), "cudaSetDevice");
+    require(cudaStreamBeginCapture(h.streams[r], cudaStreamCaptureModeThreadLocal), "capture");
+    for (int i = 0; i < kPerGraph; ++i) go(r);
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    require(cudaStreamEndCapture(h.streams[r], &graph), "end capture");
+    require(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
+    graphs.push_back(exec);
+  }
+  std::vector<std::vector<cudaEvent_t>> events(R);
+  std::vector<float> us;
+  for (int i = 0; i < kReplays; ++i) {
+    for (int r = 0; r < R; ++r) {
+      require(cudaSetDevice(group.devices()[r]), "cudaSetDevice");
+      for (int e = 0; e < 2; ++e) {
+        events[r].emplace_back();
+        require(cudaEventCreate(&events[r].back()), "event");
+      }
+      require(cudaEventRecord(events[r][2 * i], h.streams[r]), "record");
+      require(cudaGraphLaunch(graphs[r], h.streams[r]), "graph");
+      require(cudaEventRecord(events[r][2 * i + 1], h.streams[r]), "record");
+    }
+  }
+  h.synchronize();
+  for (int i = 5; i < kReplays; ++i) {
+    float worst = 0;
+    for (int r = 0; r < R; ++r) {
+      float ms;
+      require(cudaEventElapsedTime(&ms, events[r][2 * i], events[r][2 * i + 1]), "elapsed");
+      worst = std::max(worst, ms * 1000 / kPerGraph);
+    }
+    us.push_back(worst);
+  }
+  std::sort(us.begin(), us.end());
+  std::printf("%-10s median %8.1f us  max %8.1f us\n", name, us[us.size() / 2], us.back());
+}
+
+}  // namespace
+}  // namespace jax_ep
+
+int main(int argc, char** argv) {
+  using namespace jax_ep;
+  setvbuf(stdout, nullptr, _IOLBF, 0);
+  int devices = 2, T = 4096, H = 7168, E = 256, K = 8, sms = 132, wire = 0;
+  for (int i = 1; i + 1 < argc; i += 2) {
+    const std::string a = argv[i];
+    const int v = std::atoi(argv[i + 1]);
+    if (a == "--devices")
+      devices = v;
+    else if (a == "--tokens")
+      T = v;
+    else if (a == "--hidden")
+      H = v;
+    else if (a == "--experts")
+      E = v;
+    else if (a == "--topk")
+      K = v;
+    else if (a == "--sms")
+      sms = v;
+    else if (a == "--wire")
+      wire = v;
+    else
+      return std::fprintf(stderr, "unknown option %s\n", a.c_str()), 2;
+  }
+  try {
+    std::vector<int> ids;
+    for (int d = 0; d < devices; ++d) ids.push_back(d);
+    Group group(ids, 5.0, 1);
+    const Case c = bench_case(devices, T, H, E, K, sms, wire);
+    Harness h(group, c);
+    h.plan();
+    h.dispatch();
+    h.synchronize();
+    for (int r = 0; r < devices; ++r) {
+      require(cudaMemcpy(h.a.y[r]->data(), h.a.rows[r]->data(),
+                         std::min(h.a.y[r]->bytes(), h.a.rows[r]->bytes()), cudaMemcpyDefault),
+              "y");
+      require(cudaMemcpy(h.a.weights[r]->data(), h.a.row_scalars[r]->data(),
+                         h.a.weights[r]->bytes(), cudaMemcpyDefault),
+              "weights");
+    }
+    std::printf("R=%d T=%d H=%d E=%d K=%d rows=%d sms=%d wire=%d\n", devices, T, H, E, K,
+                c.x.num_rows, sms, wire);
+    time_op("plan", group, h, [&](int r) { h.plan(r); });
+    time_op("dispatch", group, h, [&](int r) { h.dispatch(r); });
+    time_op("combine", group, h, [&](int r) { h.combine(r); });
+    return 0;
+  } catch (const std::exception& e) {
+    std::printf("failed: %s\n", e.what());
+    return 3;
+  }
+}

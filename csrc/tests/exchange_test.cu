@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: Apache-2.0
+// Random exchanges on the GPU against the host, bit for bit: plan, dispatch, combine.
+//
+//   exchange_test [--cases N] [--seed S] [--ranks R] [--devices D] [--single-launch] [--small]
+//
+// R ranks (default: 1, 2, 4, 8 in turn) on D devices, rank r on device r % D, each on its own
+// stream; or all in one launch with rank = blockIdx.y, for sanitizers that serialise launches.
+#include <cstdlib>
+
+#include "semantics.h"
+
+namespace jax_ep {
+namespace {
+
+struct Options {
+  int cases = 40, ranks = 0, devices = 1;
+  unsigned seed = 1;
+  bool single_launch = false, small = false;
+};
+
+Case random_case(std::mt19937& rng, const Options& o, int R) {
+  auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); };
+  auto chance = [&](double p) { return std::uniform_real_distribution<double>()(rng) < p; };
+  Case c;
+  Exchange& x = c.x;
+  x.num_ranks = R;
+  const int local = pick(1, o.small ? 4 : 24);
+  x.num_experts = R * local;
+  x.num_tokens = chance(0.1) ? 1 : pick(1, o.small ? 24 : chance(0.1) ? 300 : 80);
+  x.top_k = pick(1, chance(0.2) ? 32 : 8);
+  x.alignment = chance(0.5) ? 1 : pick(2, 16);
+  x.batched = chance(0.25);
+  const int T = x.num_tokens, K = x.top_k, A = x.alignment;
+  if (x.batched) {
+    const int C = chance(0.5) ? R * T : std::max(1, pick(1, R * T));
+    x.num_rows = local * C;
+  } else {
+    const int pairs = R * T * std::min(K, local);
+    const int worst = (pairs + (A - 1) * std::min(local, pairs)) / A * A;
+    x.num_rows = chance(0.5) ? worst : std::max(A, pick(1, worst) / A * A);
+  }
+  c.type = static_cast<Element>(pick(0, 2));
+  const int kind = pick(0, 3);
+  c.prequantized = kind == 3;
+  if (kind == 1) c.wire = Wire::kQuantized;
+  if (kind == 2) c.wire = Wire::kDequantized;
+  const bool fp8 = kind != 0;
+  const int vec = int(16 / size_of(c.type));
+  c.hidden = fp8 ? kScaleBlock * pick(1, o.small ? 3 : 9)
+                 : vec * pick(1, o.small       ? 40
+                                 : chance(0.1) ? 900
+                                               : 70);
+  c.power_of_two = chance(0.3);
+  c.zero_tail = chance(0.3);
+  c.weights = chance(0.7);
+  c.num_sms = pick(1, std::max(1, std::min(16, 100 * o.devices / R)));
+  c.single_launch = o.single_launch;
+  const double none = chance(0.5) ? 0.0 : 0.4, skew = chance(0.3) ? 3.0 : 0.0;
+  for (int i = 0; i < R * T * K; ++i) {
+    const double u = std::uniform_real_distribution<double>()(rng);
+    const int e = int(std::pow(u, 1 + skew) * x.num_experts);
+    c.topk_idx.push_back(chance(none) ? -1 : std::min(e, x.num_experts - 1));
+  }
+  if (chance(0.2)) std::fill_n(c.topk_idx.begin(), T * K, -1);  // rank 0 sends nothing
+  std::normal_distribution<float> normal(0, 3);
+  for (int r = 0; r < R; ++r) {
+    const size_t n = size_t(T) * c.hidden;
+    Bytes rows(n * (c.prequantized ? 1 : size_of(c.type)));
+    for (size_t i = 0; i < n; ++i) {
+      if (c.prequantized) {
+        rows[i] = char(pick(0, 255));
+      } else {
+        set_element(rows, c.type, i, normal(rng));
+      }
+    }
+    if (fp8 && !c.prequantized) {
+      for (int i = 0; i < kScaleBlock; ++i) set_element(rows, c.type, i, 0.0f);  // a block of zeros
+    }
+    c.rows_in.push_back(rows);
+    std::vector<float> scales(size_t(T) * (c.hidden / kScaleBlock)), scalars(size_t(T) * K);
+    for (float& s : scales) s = normal(rng);
+    for (float& s : scalars) s = normal(rng);
+    c.scales_in.push_back(scales);
+    c.scalars_in.push_back(scalars);
+  }
+  return c;
+}
+
+int errors = 0;
+
+template <typename T>
+void expect_same(const char* name, int rank, const std::vector<T>& got, const T* want,
+                 size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    if (std::memcmp(&got[i], &want[i], sizeof(T)) == 0) continue;
+    std::printf("  %s of rank %d differs at %zu of %zu: got %g, expected %g\n", name, rank, i,
+                count, double(got[i]), double(want[i]));
+    ++errors;
+    return;
+  }
+}
+
+void check_plan(const Harness& h, const Case& c, const HostPlan& plan) {
+  const size_t R = c.x.num_ranks, pairs = c.x.num_pairs(), rows = c.x.num_rows,
+               local = c.x.local_experts();
+  for (size_t r = 0; r < R; ++r) {
+    expect_same("pair_rank", r, h.a.pair_rank[r]->host(), &plan.pair_rank[r * pairs], pairs);
+    expect_same("pair_row", r, h.a.pair_row[r]->host(), &plan.pair_row[r * pairs], pairs);
+    expect_same("row_pair", r, h.a.row_pair[r]->host(), &plan.row_pair[r * rows], rows);
+    expect_same("expert_ids", r, h.a.expert_ids[r]->host(), &plan.expert_ids[r * rows], rows);
+    expect_same("token_rows", r, h.a.token_rows[r]->host(), &plan.token_rows[r * R * pairs],
+                R * pairs);
+    expect_same("token_slot", r, h.a.token_slot[r]->host(),
+                &plan.token_slot[r * R * c.x.num_tokens], R * c.x.num_tokens);
+    expect_same("counts", r, h.a.counts[r]->host(), &plan.counts[r * local], local);
+    expect_same("group_sizes", r, h.a.group_sizes[r]->host(), &plan.group_sizes[r * local], local);
+    expect_same("num_dropped", r, h.a.num_dropped[r]->host(), &plan.num_dropped[r], 1);
+  }
+}
+
+void check_dispatch(const Harness& h, const Case& c, const HostPlan& plan) {
+  for (int r = 0; r < c.x.num_ranks; ++r) {
+    const HostRows want = host_dispatch(c, plan, r);
+    expect_same("rows", r, h.a.rows[r]->host(), want.rows.data(), want.rows.size());
+    if (h.delivers_scales())
+      expect_same("scales", r, h.a.row_scales[r]->host(), want.scales.data(), want.scales.size());
+    if (c.weights)
+      expect_same("weights", r, h.a.row_scalars[r]->host(), want.scalars.data(),
+                  want.scalars.size());
+  }
+}
+
+void check_combine(Harness& h, const Case& c, const HostPlan& plan, std::mt19937& rng) {
+  const size_t R = c.x.num_ranks, T = c.x.num_tokens, K = c.x.top_k, rows = c.x.num_rows;
+  std::vector<Bytes> y;
+  std::vector<std::vector<float>> weights;
+  std::normal_distribution<float> normal(0, 2);
+  for (size_t r = 0; r < R; ++r) {
+    Bytes values(rows * c.hidden * size_of(c.type));
+    for (size_t i = 0; i < rows * c.hidden; ++i) set_element(values, c.type, i, normal(rng));
+    std::vector<float> w(rows);
+    for (float& v : w) v = normal(rng);
+    require(cudaMemcpy(h.a.y[r]->data(), values.data(), values.size(), cudaMemcpyHostToDevice),
+            "cudaMemcpy");
+    require(cudaMemcpy(h.a.weights[r]->data(), w.data(), rows * 4, cudaMemcpyHostToDevice),
+            "cudaMemcpy");
+    y.push_back(values);
+    weights.push_back(w);
+  }
+  h.combine();
+  h.synchronize();
+  for (size_t r = 0; r < R; ++r) {
+    const Bytes want = host_combine(c, plan, y, weights, int(r));
+    expect_same("combined", r, h.a.out[r]->host(), want.data(), want.size());
+    if (!c.weights) continue;
+    std::vector<float> scalars;
+    for (size_t pair = r * T * K; pair < (r + 1) * T * K; ++pair) {
+      const int row = plan.pair_row[pair];
+      scalars.push_back(row < 0 ? 0.0f : weights[plan.pair_rank[pair]][row]);
+    }
+    expect_same("scalars", r, h.a.scalars_out[r]->host(), scalars.data(), scalars.size());
+  }
+}
+
+void run_case(Group& group, const Case& c, std::mt19937& rng, int repeats) {
+  const HostPlan plan = host_plan(c.x, c.topk_idx);
+  Harness h(group, c);
+  for (int i = 0; i < repeats; ++i) {
+    h.plan();
+    h.dispatch();
+    h.synchronize();
+    check_plan(h, c, plan);
+    check_dispatch(h, c, plan);
+    for (auto& b : h.a.rows) b->poison();
+    for (auto& b : h.a.row_scales) b->poison();
+    for (auto& b : h.a.row_scalars) b->poison();
+  }
+  check_combine(h, c, plan, rng);
+}
+
+int run(const Options& o) {
+  std::mt19937 rng(o.seed);
+  const std::vector<int> all_ranks =
+      o.ranks ? std::vector<int>{o.ranks} : std::vector<int>{1, 2, 4, 8};
+  std::vector<std::unique_ptr<Group>> groups;
+  for (int R : all_ranks) {
+    std::vector<int> devices;
+    for (int r = 0; r < R; ++r) devices.push_back(r % o.devices);
+    groups.push_back(std::make_unique<Group>(devices, 20.0, 1));
+  }
+  for (int i = 0; i < o.cases; ++i) {
+    const size_t g = i % groups.size();
+    const Case c = random_case(rng, o, all_ranks[g]);
+    const int before = errors;
+    if (i % 10 == 0) std::printf("case %d\n", i);
+    run_case(*groups[g], c, rng, 2);
+    if (errors != before) {
+      std::printf(
+          "case %d: R=%d E=%d T=%d K=%d rows=%d A=%d batched=%d H=%d type=%d wire=%d pre=%d "
+          "sms=%d\n",
+          i, c.x.num_ranks, c.x.num_experts, c.x.num_tokens, c.x.top_k, c.x.num_rows, c.x.alignment,
+          c.x.batched, c.hidden, int(c.type), int(c.wire), c.prequantized, c.num_sms);
+    }
+  }
+  std::printf("%d cases, %d differences\n", o.cases, errors);
+  return errors != 0;
+}
+
+}  // namespace
+}  // namespace jax_ep
+
+int main(int argc, char** argv) {
+  setvbuf(stdout, nullptr, _IOLBF, 0);
+  jax_ep::Options o;
+  for (int i = 1; i < argc; ++i) {
+    const std::string a = argv[i];
+    auto next = [&] { return i + 1 < argc ? std::atoi(argv[++i]) : 0; };
+    if (a == "--cases")
+      o.cases = next();
+    else if (a == "--seed")
+      o.seed = next();
+    else if (a == "--ranks")
+      o.ranks = next();
+    else if (a == "--devices")
+      o.devices = next();
+    else if (a == "--single-launch")
+      o.single_launch = true;
+    else if (a == "--small")
+      o.small = true;
+    else
+      return std::fprintf(stderr, "unknown option %s\n", a.c_str()), 2;
+  }
+  try {
+    return jax_ep::run(o);
+  } catch (const std::exception& e) {
+    std::printf("failed: %s\n", e.what());
+    return 3;
+  }
+}

@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: Apache-2.0
+// All ranks of a group in one process, on one GPU or several: random cases, the arrays of an
+// exchange, and the semantics in plain host C++.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "../plan/host_plan.h"
+#include "../runtime/group.h"
+
+namespace jax_ep {
+
+// Device memory of one rank, poisoned with ones (NaN, -1) when made and by `poison`.
+template <typename T>
+class Buffer {
+ public:
+  Buffer(int device, size_t count) : device_(device), count_(count) {
+    require(cudaSetDevice(device), "cudaSetDevice");
+    require(cudaMalloc(&data_, bytes() + 16), "cudaMalloc");
+    poison();
+  }
+  Buffer(int device, const std::vector<T>& host) : Buffer(device, host.size()) {
+    require(cudaMemcpy(data_, host.data(), bytes(), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  ~Buffer() { cudaFree(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  void poison() {
+    require(cudaSetDevice(device_), "cudaSetDevice");
+    require(cudaMemset(data_, 0xff, bytes() + 16), "cudaMemset");
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+  T* data() const { return data_; }
+  size_t size() const { return count_; }
+  size_t bytes() const { return count_ * sizeof(T); }
+  std::vector<T> host() const {
+    std::vector<T> h(count_);
+    require(cudaMemcpy(h.data(), data_, bytes(), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return h;
+  }
+
+ private:
+  int device_;
+  size_t count_;
+  T* data_ = nullptr;
+};
+
+using Bytes = std::vector<char>;
+template <typename T>
+using Buffers = std::vector<std::unique_ptr<Buffer<T>>>;
+
+inline size_t size_of(Element e) { return e == Element::kF32 ? 4 : e == Element::kFp8 ? 1 : 2; }
+
+inline float element_at(const Bytes& a, Element type, size_t i) {
+  if (type == Element::kF32) return reinterpret_cast<const float*>(a.data())[i];
+  if (type == Element::kF16) return __half2float(reinterpret_cast<const __half*>(a.data())[i]);
+  return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(a.data())[i]);
+}
+
+inline void set_element(Bytes& a, Element type, size_t i, float v) {
+  if (type == Element::kF32) reinterpret_cast<float*>(a.data())[i] = v;
+  if (type == Element::kF16) reinterpret_cast<__half*>(a.data())[i] = __float2half_rn(v);
+  if (type == Element::kBf16)
+    reinterpret_cast<__nv_bfloat16*>(a.data())[i] = __float2bfloat16_rn(v);
+}
+
+// Everything that describes one test or one timing.
+struct Case {
+  Exchange x;
+  int hidden = 0;
+  Element type = Element::kBf16;
+  Wire wire = Wire::kCopy;
+  bool prequantized = false;  // x is fp8 with scales
+  bool power_of_two = false;
+  bool zero_tail = false;
+  bool weights = true;
+  int num_sms = 4;
+  bool single_launch = false;
+  std::vector<int> topk_idx;   // [R, T, K]
+  std::vector<Bytes> rows_in;  // [R][T, H]
+  std::vector<std::vector<float>> scales_in, scalars_in;
+};
+
+// The arrays of one exchange, per rank.
+struct Arrays {
+  Buffers<int> topk_idx, pair_rank, pair_row, row_pair, token_rows, token_slot, expert_ids, counts,
+      group_sizes, num_dropped, scratch;
+  Buffers<char> x, rows, y, out, partials;
+  Buffers<float> scales, scalars, row_scales, row_scalars, weights, scalars_out;
+};
+
+class Harness {
+ public:
+  Harness(Group& group, const Case& c) : group_(group), c_(c) {
+    const Exchange& x = c.x;
+    const size_t R = x.num_ranks, T = x.num_tokens, K = x.top_k, rows = x.num_rows, H = c.hidden;
+    for (size_t r = 0; r < R; ++r) {
+      const int d = group.devices()[r];
+      auto ints = [&](Buffers<int>& b, size_t n) {
+        b.push_back(std::make_unique<Buffer<int>>(d, n));
+      };
+      auto floats = [&](Buffers<float>& b, size_t n) {
+        b.push_back(std::make_unique<Buffer<float>>(d, n));
+      };
+      auto chars = [&](Buffers<char>& b, size_t n) {
+        b.push_back(std::make_unique<Buffer<char>>(d, n));
+      };
+      const auto first = c.topk_idx.begin() + r * T * K;
+      a.topk_idx.push_back(
+          std::make_unique<Buffer<int>>(d, std::vector<int>(first, first + T * K)));
+      a.x.push_back(std::make_unique<Buffer<char>>(d, c.rows_in[r]));
+      if (c.prequantized) a.scales.push_back(std::make_unique<Buffer<float>>(d, c.scales_in[r]));
+      a.scalars.push_back(std::make_unique<Buffer<float>>(d, c.scalars_in[r]));
+      for (auto* b : {&a.pair_rank, &a.pair_row}) ints(*b, T * K);
+      for (auto* b : {&a.row_pair, &a.expert_ids}) ints(*b, rows);
+      ints(a.token_rows, R * T * K);
+      ints(a.token_slot, R * T);
+      for (auto* b : {&a.counts, &a.group_sizes}) ints(*b, x.local_experts());
+      ints(a.num_dropped, 1);
+      ints(a.scratch, plan_scratch_words(x));
+      chars(a.rows, rows * row_bytes());
+      chars(a.y, rows * H * size_of(c.type));
+      chars(a.out, T * H * size_of(c.type));
+      chars(a.partials, T * partial_slots(x) * H * size_of(c.type));
+      for (auto* b : {&a.row_scalars, &a.weights}) floats(*b, rows);
+      floats(a.row_scales, rows * (H / kScaleBlock));
+      floats(a.scalars_out, T * K);
+      cudaStream_t s;
+      require(cudaSetDevice(d), "cudaSetDevice");
+      require(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking), "cudaStreamCreate");
+      streams.push_back(s);
+    }
+  }
+  ~Harness() {
+    for (size_t r = 0; r < streams.size(); ++r) {
+      cudaSetDevice(group_.devices()[r]);
+      cudaStreamDestroy(streams[r]);
+    }
+  }
+
+  Element x_type() const { return c_.prequantized ? Element::kFp8 : c_.type; }
+  bool delivers_scales() const { return c_.prequantized || c_.wire == Wire::kQuantized; }
+  size_t row_bytes() const { return c_.hidden * (delivers_scales() ? 1 : size_of(c_.type)); }
+
+  // Issue one operation on every rank; `only` limits it to one rank.
+  void plan(int only = -1) {
+    run<PlanParams>(
+        only, [&](int r) { return plan_params(r); },
+        [&](const PlanParams* p, const Launch& how) { return launch_plan(p, c_.x, how); });
+  }
+  void dispatch(int only = -1) {
+    run<DispatchParams>(
+        only, [&](int r) { return dispatch_params(r); },
+        [&](const DispatchParams* p, const Launch& how) {
+          return launch_dispatch(p, x_type(), c_.wire, c_.hidden, how);
+        });
+  }
+  void combine(int only = -1) {
+    run<CombineParams>(
+        only, [&](int r) { return combine_params(r); },
+        [&](const CombineParams* p, const Launch& how) { return launch_combine(p, c_.type, how); });
+  }
+
+  void synchronize() {
+    for (size_t r = 0; r < streams.size(); ++r) {
+      require(cudaSetDevice(group_.devices()[r]), "cudaSetDevice");
+      require(cudaStreamSynchronize(streams[r]), "cudaStreamSynchronize");
+    }
+    const std::string fault = group_.describe_fault();
+    if (!fault.empty()) throw std::runtime_error(fault);
+  }
+
+  Arrays a;
+  std::vector<cudaStream_t> streams;
+
+ private:
+  Call call(int r, Operation o) const {
+    Call c{};
+    c.peers = group_.peers(r);
+    c.operation = o;
+    c.signature = 0x1234 + static_cast<uint32_t>(o);
+    return c;
+  }
+  template <typename B>
+  void lend(Call& c, int slot, const B& b) const {
+    c.lent.output[slot] = group_.locate(b->data());
+    c.lent.bytes[slot] = b->bytes();
+  }
+  PlanParams plan_params(int r) const {
+    PlanParams p{};
+    p.call = call(r, Operation::kPlan);
+    p.exchange = c_.x;
+    p.topk_idx = a.topk_idx[r]->data();
+    p.pair_rank = a.pair_rank[r]->data();
+    p.pair_row = a.pair_row[r]->data();
+    p.row_pair = a.row_pair[r]->data();
+    p.token_rows = a.token_rows[r]->data();
+    p.token_slot = a.token_slot[r]->data();
+    p.expert_ids = a.expert_ids[r]->data();
+    p.counts = a.counts[r]->data();
+    p.group_sizes = a.group_sizes[r]->data();
+    p.num_dropped = a.num_dropped[r]->data();
+    p.scratch = a.scratch[r]->data();
+    return p;
+  }
+  DispatchParams dispatch_params(int r) const {
+    DispatchParams p{};
+    p.call = call(r, Operation::kDispatch);
+    p.exchange = c_.x;
+    p.hidden = c_.hidden;
+    p.row_bytes = int(row_bytes());
+    p.zero_tail = c_.zero_tail;
+    p.x = a.x[r]->data();
+    p.scales = c_.prequantized ? a.scales[r]->data() : nullptr;
+    p.scalars = c_.weights ? a.scalars[r]->data() : nullptr;
+    p.pair_rank = a.pair_rank[r]->data();
+    p.pair_row = a.pair_row[r]->data();
+    p.row_pair = a.row_pair[r]->data();
+    p.token_rows = a.token_rows[r]->data();
+    p.rows = a.rows[r]->data();
+    p.row_scales = delivers_scales() ? a.row_scales[r]->data() : nullptr;
+    p.row_scalars = c_.weights ? a.row_scalars[r]->data() : nullptr;
+    p.power_of_two_scales = c_.power_of_two;
+    lend(p.call, 0, a.rows[r]);
+    lend(p.call, 1, a.row_scales[r]);
+    lend(p.call, 2, a.row_scalars[r]);
+    return p;
+  }
+  CombineParams combine_params(int r) const {
+    CombineParams p{};
+    p.call = call(r, Operation::kCombine);
+    p.exchange = c_.x;
+    p.hidden = c_.hidden;
+    p.y = a.y[r]->data();
+    p.weights = c_.weights ? a.weights[r]->data() : nullptr;
+    p.row_scalars = c_.weights ? a.weights[r]->data() : nullptr;
+    p.pair_rank = a.pair_rank[r]->data();
+    p.pair_row = a.pair_row[r]->data();
+    p.row_pair = a.row_pair[r]->data();
+    p.token_rows = a.token_rows[r]->data();
+    p.token_slot = a.token_slot[r]->data();
+    p.out = a.out[r]->data();
+    p.scalars = a.scalars_out[r]->data();
+    p.partials = a.partials[r]->data();
+    lend(p.call, 0, a.partials[r]);
+    lend(p.call, 1, a.scalars_out[r]);
+    return p;
+  }
+
+  template <typename P, typename Make, typename Go>
+  void run(int only, Make&& make, Go&& go) {
+    const int R = c_.x.num_ranks;
+    if (c_.single_launch) {
+      std::vector<P> all;
+      for (int r = 0; r < R; ++r) all.push_back(make(r));
+      Buffer<P> on_device(group_.devices()[0], all);
+      require(go(on_device.data(), Launch{c_.num_sms, streams[0], R}), "launch");
+      synchronize();
+      return;
+    }
+    for (int r = 0; r < R; ++r) {
+      if (only >= 0 && r != only) continue;
+      require(cudaSetDevice(group_.devices()[r]), "cudaSetDevice");
+      const P p = make(r);
+      require(go(&p, Launch{c_.num_sms, streams[r], 0}), "launch");
+    }
+  }
+
+  Group& group_;
+  const Case& c_;
+};
+
+}  // namespace jax_ep
