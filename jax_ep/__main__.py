@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m jax_ep info`."""
+"""`python -m jax_ep info` and `python -m jax_ep demo`."""
 
 import argparse
 import sys
@@ -11,10 +11,31 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="versions, devices, what this installation can do")
     info.add_argument("--json", action="store_true", help="print JSON")
+    demo = commands.add_parser("demo", help="train a small MoE language model for a minute")
+    demo.add_argument(
+        "--seconds", type=_positive(float), default=60.0, help="of training (60; less: not judged)"
+    )
+    demo.add_argument("--steps", type=_positive(int), help="stop after this many, unjudged")
+    demo.add_argument("--out", default="demo.png", help="where the picture goes (demo.png)")
     args = parser.parse_args(argv)
+    if args.command == "demo":
+        from . import _demo
+
+        return _demo.main(args.seconds, args.steps, args.out)
     from . import _info
 
     return _info.main(args.json)
+
+
+def _positive(kind: type):
+    def parse(text: str):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse
 
 
 if __name__ == "__main__":

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic of a routed layer in four stages, which both Flax layers call.
+
+route      tokens -> weights and experts of each token
+dispatch   tokens -> rows on the ranks of their experts, sorted by expert
+experts    rows -> rows
+combine    rows -> tokens
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Sizes and options of a MoE layer."""
+
+    hidden: int
+    expert_hidden: int
+    num_experts: int
+    top_k: int
+    shared_hidden: int = 0  # hidden size of the shared expert; 0 for none
+    num_groups: int = 1  # more than 1: group-limited routing
+    topk_groups: int = 1
+    bias_rate: float = 1e-3  # step of the loss-free balancing bias
+    capacity_factor: float | None = None  # rows of a rank over its T*K; None never drops
+    implementation: Literal["cuda", "xla"] | None = None
+
+
+def route(config: MoEConfig, x: Array, router: Array, bias: Array) -> tuple[Array, Array]:
+    """Weights `[..., K]` and experts `[..., K]` of each token; `router [H, E]`, `bias [E]`."""
+    logits = x.astype(jnp.float32) @ router.astype(jnp.float32)
+    if config.num_groups > 1:
+        return jax_ep.routing.group_limited_top_k(
+            logits,
+            config.top_k,
+            num_groups=config.num_groups,
+            topk_groups=config.topk_groups,
+            bias=bias,
+        )
+    return jax_ep.routing.top_k(logits, config.top_k, score="sigmoid", bias=bias)
+
+
+def dispatch(config: MoEConfig, x: Array, topk_idx: Array, weights: Array) -> jax_ep.Dispatched:
+    """Send this rank's tokens to their experts."""
+    return jax_ep.dispatch(
+        x,
+        topk_idx,
+        weights,
+        num_experts=config.num_experts,
+        capacity_factor=config.capacity_factor,
+        implementation=config.implementation,
+    )
+
+
+def experts(d: jax_ep.Dispatched, w_in: Array, w_out: Array) -> Array:
+    """SwiGLU of every row by its expert: `w_in [E/R, H, 2F]`, `w_out [E/R, F, H]`."""
+    w_in, w_out = w_in.astype(d.tokens.dtype), w_out.astype(d.tokens.dtype)
+    gate, up = jnp.split(lax.ragged_dot(d.tokens, w_in, d.group_sizes), 2, axis=-1)
+    return lax.ragged_dot(jax.nn.silu(gate) * up, w_out, d.group_sizes)
+
+
+def combine(y: Array, d: jax_ep.Dispatched) -> Array:
+    """Bring the rows back to their tokens, weighted and added up."""
+    return jax_ep.combine(y, d.handle, weights=d.weights)
+
+
+def moe(
+    config: MoEConfig, mesh: Mesh, x: Array, router: Array, bias: Array, w_in: Array, w_out: Array
+) -> tuple[Array, Array]:
+    """`x [B, S, H]`, the batch split over "expert", to `(out [B, S, H], load [E])`."""
+
+    def on_rank(x, router, bias, w_in, w_out):
+        weights, topk_idx = route(config, x, router, bias)
+        d = dispatch(config, x, topk_idx, weights)
+        load = jax_ep.routing.expert_load(topk_idx, config.num_experts, "expert")
+        return combine(experts(d, w_in, w_out), d), load
+
+    split, whole = P("expert"), P()
+    return jax.shard_map(
+        on_rank,
+        mesh=mesh,
+        in_specs=(split, whole, whole, split, split),
+        out_specs=(split, whole),
+    )(x, router, bias, w_in, w_out)
+
+
+def swiglu(x: Array, w_in: Array, w_out: Array) -> Array:
+    """The shared expert: every token, `w_in [H, 2F]`, `w_out [F, H]`."""
+    gate, up = jnp.split(x @ w_in.astype(x.dtype), 2, axis=-1)
+    return (jax.nn.silu(gate) * up) @ w_out.astype(x.dtype)
