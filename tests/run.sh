@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 what=$1 python=${2:-python3}
 export NPROC=${NPROC:-64}
 
-supported() { "$1" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+supported() { "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 version() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 
@@ -20,21 +20,36 @@ pythons() {  # every supported interpreter, "minor path", oldest first, one for 
   done | sort -t. -k2,2n -u
 }
 
-install() {  # install PYTHON EXTRA: into .venv/VERSION-EXTRA, and print its python
-  local v venv
-  v=$(version "$1") venv=.venv/$v-$2
+install() {  # install PYTHON EXTRAS: into .venv/VERSION-FIRST_EXTRA, and print its python
+  # Editable, so that in the repository's root, too, `import jax_ep` finds the compiled extension.
+  local v venv jax=()
+  v=$(version "$1") venv=.venv/$v-${2%%,*}
   [ -x "$venv/bin/python" ] || "$1" -m venv "$venv"
-  local jax=()
   if [ "$v" = 3.11 ]; then jax=("jax==0.10.2" "jaxlib==0.10.2"); fi
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check ".[$2]" "${jax[@]}" >&2
+  "$venv/bin/python" -m pip install -q --disable-pip-version-check \
+    -e ".[$2]" ${jax[@]+"${jax[@]}"} >&2
   echo "$venv/bin/python"
 }
 
+cuda() {  # the extra for the GPUs present: ",cuda13", ",cuda12" or nothing
+  local drivers
+  drivers=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || return 0
+  case ${drivers%%.*} in
+    5[89]?|[6-9]??) echo ,cuda13 ;;
+    52[5-9]|5[3-7]?) echo ,cuda12 ;;
+  esac
+}
+
 supported "$python" || python=$(pythons | head -n 1 | cut -d' ' -f2)
-[ -n "$python" ] || { echo "jax_ep needs Python 3.11 or newer: make $what PYTHON=/path/to/python"; exit 1; }
+[ -n "$python" ] || {
+  echo "jax_ep needs Python 3.11 or newer with venv and ensurepip (Debian: python3-venv):" \
+    "make $what PYTHON=/path/to/python" >&2
+  exit 1
+}
 
 if [ "$what" = demo ]; then
-  py=$(install "$python" demo)
+  echo "installing into .venv/$(version "$python")-demo ..."
+  py=$(install "$python" "demo$(cuda)")
   exec "$PWD/$py" -m jax_ep demo
 fi
 

@@ -12,6 +12,7 @@ from conftest import make_mesh
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
 from jax_ep.examples import byte_transformer, moe_linen, moe_nnx
 from jax_ep.examples.experts import MoEConfig
 
