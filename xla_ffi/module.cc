@@ -1,6 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// The extension jax_ep._ext: facts about how it was built. FFI handlers are registered from here.
+// The extension jax_ep._ext: facts about how it was built, and, in a build with CUDA, the groups of
+// this process and the FFI handlers.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#ifdef JAX_EP_CUDA
+#include "handlers.h"
+#include "registry.h"
+#endif
 
 namespace nb = nanobind;
 
@@ -11,13 +19,46 @@ nb::dict build_facts() {
   facts["version"] = JAX_EP_VERSION;
   facts["compiler"] = __VERSION__;
   facts["cxx_standard"] = static_cast<long>(__cplusplus);
+#ifdef JAX_EP_CUDA
+  facts["cuda"] = JAX_EP_CUDA;
+  facts["cuda_architectures"] = JAX_EP_CUDA_ARCHITECTURES;
+#else
   facts["cuda"] = nb::none();  // no CUDA kernels in this build
+#endif
   return facts;
 }
+
+#ifdef JAX_EP_CUDA
+nb::list control_layout(int num_ranks) {
+  jax_ep::Field fields[jax_ep::kControlFields];
+  jax_ep::control_layout(num_ranks, fields);
+  nb::list rows;
+  for (const jax_ep::Field& f : fields) {
+    rows.append(nb::make_tuple(f.name, f.writer, f.offset, f.bytes));
+  }
+  return rows;
+}
+#endif
 
 }  // namespace
 
 NB_MODULE(_ext, m) {
   m.doc() = "Compiled part of jax_ep.";
   m.def("build_facts", &build_facts, "Version, compiler and CUDA version of this build.");
+#ifdef JAX_EP_CUDA
+  m.def("handlers", [] {
+    nb::dict all;
+    for (const auto& [name, address] : jax_ep::handlers()) all[name] = nb::capsule(address);
+    return all;
+  }, "Name and capsule of every FFI handler.");
+  m.def("plan_scratch_words", [](int num_ranks, int num_experts, int num_tokens, int top_k) {
+    return jax_ep::plan_scratch_words({num_ranks, num_experts, num_tokens, top_k, 0, 1, 0});
+  }, "32-bit words of the plan's scratch result.");
+  m.def("initialize_groups", &jax_ep::initialize_groups, nb::call_guard<nb::gil_scoped_release>(),
+        "Make or restart the groups of one signature: one for each list of CUDA devices.");
+  m.def("finalize_groups", &jax_ep::finalize_groups, "Take all groups out of use.");
+  m.def("describe_faults", &jax_ep::describe_faults, "What went wrong first; empty if nothing did.");
+  m.def("describe_groups", &jax_ep::describe_groups, "One line for each group.");
+  m.def("control_layout", &control_layout, "Name, writer, offset and bytes of each control field.");
+#endif
 }

@@ -50,7 +50,7 @@ class Op {
         me(call.peers.rank),
         R(call.peers.num_ranks),
         epoch_(load_relaxed(&header().epoch) + 1),
-        tag(make_tag(call.peers.generation, epoch_, call.signature)) {}
+        tag(make_tag(header().generation, epoch_, call.signature)) {}
 
   __device__ Block block(int rank) const { return Block(call.peers, rank); }
   __device__ Header& header() const { return block(me).header(); }
@@ -146,7 +146,6 @@ class Op {
                          uint64_t wanted) const {
     FaultRecord& r = *header().record;
     r.operation = static_cast<uint32_t>(call.operation);
-    r.call = call.number;
     r.phase = static_cast<uint32_t>(phase);
     r.rank = me;
     r.awaited = awaited;

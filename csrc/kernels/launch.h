@@ -32,7 +32,6 @@ struct Call {
   Peers peers;
   Lent lent;
   Operation operation;
-  uint32_t number;     // the call site, for messages
   uint32_t signature;  // 24 bits over operation, shapes and types: equal on all ranks
 };
 

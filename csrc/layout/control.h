@@ -59,7 +59,6 @@ enum class Phase : uint32_t { kRouting = 0, kReady = 1, kRows = 2, kGrid = 3, kE
 struct FaultRecord {
   uint32_t fault;      // Fault; written last
   uint32_t operation;  // Operation
-  uint32_t call;       // the call site's number
   uint32_t phase;      // Phase
   int32_t rank;        // who waited
   int32_t awaited;     // for whom
@@ -75,6 +74,7 @@ struct alignas(128) Header {
   uint32_t barrier;     // arrivals at the running kernel's grid barriers; the last block resets it
   uint64_t broken;      // sticky, 0 or 1 + the rank that failed first: every wait gives up
   uint64_t timeout_ns;  // bound of every wait
+  uint64_t generation;  // of the group: `initialize` counts it up and starts the epochs anew
   FaultRecord* record;  // this rank's, in host memory
 };
 
@@ -124,8 +124,8 @@ constexpr ControlLayout control_layout(int num_ranks, Field* fields = nullptr) {
           u32(offsets[5]), u32(offsets[6]), u32(offsets[7]), u32(end)};
 }
 
-JAX_EP_HD uint64_t make_tag(uint32_t generation, uint64_t epoch, uint32_t signature) {
-  return (static_cast<uint64_t>(generation & 0x3f) << 56) | ((epoch & 0xffffffffu) << 24) |
+JAX_EP_HD uint64_t make_tag(uint64_t generation, uint64_t epoch, uint32_t signature) {
+  return ((generation & 0x3f) << 56) | ((epoch & 0xffffffffu) << 24) |
          (signature & 0xffffffu);
 }
 
@@ -135,7 +135,6 @@ struct Peers {
   ControlLayout at;
   int rank;
   int num_ranks;
-  uint32_t generation;
 };
 
 }  // namespace jax_ep

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "group.h"
 
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 
@@ -80,8 +81,7 @@ void require(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-Group::Group(std::vector<int> devices, double timeout_s, uint32_t generation)
-    : devices_(std::move(devices)), timeout_s_(timeout_s) {
+Group::Group(std::vector<int> devices) : devices_(std::move(devices)) {
   const int R = num_ranks();
   if (R < 1 || R > kMaxRanks) {
     throw std::runtime_error("group: expected 1 to " + std::to_string(kMaxRanks) + " ranks, got " +
@@ -96,20 +96,12 @@ Group::Group(std::vector<int> devices, double timeout_s, uint32_t generation)
     require(cudaHostAlloc(&records_, R * sizeof(FaultRecord),
                           cudaHostAllocPortable | cudaHostAllocMapped),
             "cudaHostAlloc of fault records");
-    std::memset(records_, 0, R * sizeof(FaultRecord));
     const ControlLayout at = control_layout(R);
     for (int r = 0; r < R; ++r) {
       OnDevice on(devices_[r]);
       char* block = nullptr;
       require(cudaMalloc(&block, at.total), "cudaMalloc of a control block");
       control_.push_back(block);
-      require(cudaMemset(block, 0, at.total), "cudaMemset of a control block");
-      Header header{};
-      header.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
-      header.record = records_ + r;
-      require(cudaMemcpy(block + at.header, &header, sizeof header, cudaMemcpyHostToDevice),
-              "cudaMemcpy of a header");
-      require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     }
     for (int r = 0; r < R; ++r) {
       Peers p{};
@@ -117,12 +109,33 @@ Group::Group(std::vector<int> devices, double timeout_s, uint32_t generation)
       p.at = at;
       p.rank = r;
       p.num_ranks = R;
-      p.generation = generation;
       peers_.push_back(p);
     }
   } catch (...) {
     release();
     throw;
+  }
+}
+
+void Group::reset(double timeout_s) {
+  timeout_s_ = timeout_s;
+  ++generation_;
+  const ControlLayout at = control_layout(num_ranks());
+  for (int device : devices_) {
+    OnDevice on(device);
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+  std::memset(static_cast<void*>(records_), 0, num_ranks() * sizeof(FaultRecord));
+  for (int r = 0; r < num_ranks(); ++r) {
+    OnDevice on(devices_[r]);
+    require(cudaMemset(control_[r], 0, at.total), "cudaMemset of a control block");
+    Header header{};
+    header.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
+    header.generation = generation_;
+    header.record = records_ + r;
+    require(cudaMemcpy(control_[r] + at.header, &header, sizeof header, cudaMemcpyHostToDevice),
+            "cudaMemcpy of a header");
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
 }
 
@@ -162,7 +175,6 @@ FaultRecord Group::fault(int rank) const {
   copy.fault = r->fault;  // the device writes it last
   std::atomic_thread_fence(std::memory_order_acquire);
   copy.operation = r->operation;
-  copy.call = r->call;
   copy.phase = r->phase;
   copy.rank = r->rank;
   copy.awaited = r->awaited;
@@ -182,8 +194,7 @@ std::string Group::describe_fault() const {
   const std::string who = "rank " + std::to_string(first.rank),
                     whom = "rank " + std::to_string(first.awaited);
   const std::string where = std::string("jax_ep.") +
-                            name_of(static_cast<Operation>(first.operation)) + " (call " +
-                            std::to_string(first.call) + "): ";
+                            name_of(static_cast<Operation>(first.operation)) + ": ";
   const std::string phase = name_of(static_cast<Phase>(first.phase));
   switch (static_cast<Fault>(first.fault)) {
     case Fault::kNone:

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A group of ranks whose devices this process drives: their control blocks, mapped by all of them,
-// and what went wrong on each. Made once by the host, outside any operation.
+// and what went wrong on each. Made once by the host, outside any operation, and never destroyed: a
+// CUDA graph that was captured long ago still holds the addresses of the control blocks.
 #pragma once
-#include <atomic>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -14,14 +14,17 @@ namespace jax_ep {
 class Group {
  public:
   // `devices[r]`: the CUDA device of rank r; ranks may share one. Throws std::runtime_error.
-  Group(std::vector<int> devices, double timeout_s, uint32_t generation);
+  explicit Group(std::vector<int> devices);
   ~Group();
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
+  // Start a new generation: epochs from 0, no failure. No operation may run.
+  void reset(double timeout_s);
+
   int num_ranks() const { return static_cast<int>(devices_.size()); }
   const std::vector<int>& devices() const { return devices_; }
-  double timeout_s() const { return timeout_s_; }
+  size_t control_bytes() const { return control_layout(num_ranks()).total; }
 
   // Rank of a device; -1 if it is in no rank or in several.
   int rank_of(int device) const;
@@ -41,7 +44,8 @@ class Group {
   void release() noexcept;
 
   std::vector<int> devices_;
-  double timeout_s_;
+  double timeout_s_ = 0;
+  uint64_t generation_ = 0;
   std::vector<char*> control_;
   FaultRecord* records_ = nullptr;  // [R], host memory that all devices map
   std::vector<Peers> peers_;

@@ -111,7 +111,8 @@ int main(int argc, char** argv) {
   try {
     std::vector<int> ids;
     for (int d = 0; d < devices; ++d) ids.push_back(d);
-    Group group(ids, 5.0, 1);
+    Group group(ids);
+    group.reset(5.0);
     const Case c = bench_case(devices, T, H, E, K, sms, wire);
     Harness h(group, c);
     h.plan();

@@ -186,7 +186,8 @@ int run(const Options& o) {
   for (int R : all_ranks) {
     std::vector<int> devices;
     for (int r = 0; r < R; ++r) devices.push_back(r % o.devices);
-    groups.push_back(std::make_unique<Group>(devices, 20.0, 1));
+    groups.push_back(std::make_unique<Group>(devices));
+    groups.back()->reset(20.0);
   }
   for (int i = 0; i < o.cases; ++i) {
     const size_t g = i % groups.size();

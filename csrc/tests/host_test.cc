@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// What can be proved without a GPU: the layout of the control block, the cutting of work, the rows
+// granted to experts, the host plan's own invariants.
+#include <algorithm>
+#include <cstdio>
+#include <random>
+#include <set>
+
+#include "../layout/control.h"
+#include "../plan/host_plan.h"
+
+namespace jax_ep {
+namespace {
+
+int failures = 0;
+
+#define EXPECT(condition)                                                      \
+  do {                                                                         \
+    if (!(condition)) {                                                        \
+      std::printf("%s:%d: expected %s\n", __FILE__, __LINE__, #condition);     \
+      ++failures;                                                              \
+    }                                                                          \
+  } while (0)
+
+void control_fields_do_not_overlap() {
+  for (int R : {1, 2, 8, 64}) {
+    Field fields[kControlFields];
+    const ControlLayout at = control_layout(R, fields);
+    size_t end = 0;
+    for (const Field& f : fields) {
+      EXPECT(f.offset >= end && f.offset % 128 == 0 && f.bytes > 0);
+      end = f.offset + f.bytes;
+    }
+    EXPECT(at.total >= end);
+    if (R <= 8) EXPECT(at.total <= 8u << 20);
+  }
+}
+
+void tags_tell_operations_apart() {
+  std::set<uint64_t> seen;
+  for (uint64_t generation : {1, 2, 63}) {
+    for (uint64_t epoch : {1ull, 2ull, 0xffffffffull}) {
+      for (uint32_t signature : {0u, 1u, 0xffffffu}) {
+        const uint64_t tag = make_tag(generation, epoch, signature);
+        EXPECT(seen.insert(tag).second);
+        EXPECT((tag & (kTaken | kRevoked)) == 0);
+      }
+    }
+  }
+}
+
+void chunks_fit_their_flags() {
+  for (int T : {1, 2, 31, 127, 128, 129, 4096, 65535, 65536}) {
+    const int chunk = chunk_tokens(T, kMaxChunks);
+    EXPECT(chunk >= 1 && ceil_div(T, chunk) <= kMaxChunks);
+  }
+}
+
+void every_block_has_a_role() {
+  for (int blocks : {1, 2, 3, 16, 132}) {
+    for (int R : {1, 2, 8}) {
+      const Roles roles = split_roles(blocks, R, 16);
+      EXPECT(roles.local >= 1 && roles.wire + roles.local >= blocks);
+      EXPECT((R == 1) == (roles.wire == 0));
+    }
+  }
+}
+
+void water_filling_matches_the_slow_way() {
+  std::mt19937 rng(1);
+  for (int i = 0; i < 2000; ++i) {
+    std::vector<int> blocks(1 + rng() % 12);
+    for (int& b : blocks) b = int(rng() % 9);
+    const int budget = int(rng() % 40);
+    std::vector<int> slow(blocks.size(), 0);
+    int left = budget;  // one block to each hungry expert in turn, lowest id first
+    for (bool fed = true; fed && left > 0;) {
+      fed = false;
+      for (size_t e = 0; e < blocks.size() && left > 0; ++e) {
+        if (slow[e] == blocks[e]) continue;
+        ++slow[e], --left;
+        fed = true;
+      }
+    }
+    EXPECT(grant_blocks(blocks, budget) == slow);
+  }
+}
+
+void host_plan_is_a_bijection() {
+  std::mt19937 rng(2);
+  for (int i = 0; i < 200; ++i) {
+    const int R = 1 << rng() % 4, local = 1 + int(rng() % 5);
+    const int A = 1 + int(rng() % 4);
+    Exchange x{R, R * local, 1 + int(rng() % 20), 1 + int(rng() % 6), 0, A, 0};
+    x.num_rows = A * (1 + int(rng() % 60));
+    std::vector<int> idx(size_t(R) * x.num_pairs());
+    for (int& e : idx) e = int(rng() % (x.num_experts + 1)) - 1;
+    const HostPlan p = host_plan(x, idx);
+    int kept = 0, named = 0;
+    for (size_t pair = 0; pair < idx.size(); ++pair) {
+      named += idx[pair] >= 0;
+      if (p.pair_row[pair] < 0) continue;
+      ++kept;
+      EXPECT(p.row_pair[size_t(p.pair_rank[pair]) * x.num_rows + p.pair_row[pair]] == int(pair));
+    }
+    int owned = 0, dropped = 0, counted = 0;
+    for (int pair : p.row_pair) owned += pair >= 0;
+    for (int d : p.num_dropped) dropped += d;
+    for (int c : p.counts) counted += c;
+    EXPECT(owned == kept && counted == kept && kept + dropped == named);
+  }
+}
+
+}  // namespace
+}  // namespace jax_ep
+
+int main() {
+  using namespace jax_ep;
+  control_fields_do_not_overlap();
+  tags_tell_operations_apart();
+  chunks_fit_their_flags();
+  every_block_has_a_role();
+  water_filling_matches_the_slow_way();
+  host_plan_is_a_bijection();
+  std::printf(failures ? "%d failures\n" : "host tests passed\n", failures);
+  return failures != 0;
+}

@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: Apache-2.0
+// The FFI handlers: decode and check the call, find the group, launch. Nothing here allocates device
+// memory, synchronises, or waits; a failure that the device has recorded is returned as an error.
+#include "handlers.h"
+
+#include <algorithm>
+
+#include "decode.h"
+
+namespace jax_ep {
+namespace {
+
+constexpr auto kInt = ffi::DataType::S32;
+constexpr auto kFloat = ffi::DataType::F32;
+
+// What every call carries besides its buffers.
+struct Attributes {
+  std::string_view group;
+  Exchange exchange;
+  int num_sms;  // 0: all
+};
+
+bool element_of(ffi::DataType type, Element* out) {
+  switch (type) {
+    case ffi::DataType::BF16:
+      *out = Element::kBf16;
+      return true;
+    case ffi::DataType::F16:
+      *out = Element::kF16;
+      return true;
+    case ffi::DataType::F32:
+      *out = Element::kF32;
+      return true;
+    case ffi::DataType::F8E4M3FN:
+      *out = Element::kFp8;
+      return true;
+    default:
+      return false;
+  }
+}
+
+int bytes_of(Element e) { return e == Element::kF32 ? 4 : e == Element::kFp8 ? 1 : 2; }
+
+// The rank that this device is, and the header of its parameters.
+bool enter(const Attributes& a, Operation operation, Checker& checker, Call* call, Group** group) {
+  int device = -1;
+  if (cudaGetDevice(&device) != cudaSuccess) {
+    checker.fail("no current CUDA device");
+    return false;
+  }
+  const Member member = find_member(a.group, device);
+  if (member.group == nullptr) {
+    checker.fail("no group '" + std::string(a.group) + "' with GPU " + std::to_string(device) +
+                 ": call jax_ep.initialize(mesh, axis_name) with the mesh that the program runs on, "
+                 "before it runs");
+    return false;
+  }
+  if (member.group->num_ranks() != a.exchange.num_ranks) {
+    checker.fail("expected a group of " + std::to_string(a.exchange.num_ranks) + " ranks, got " +
+                 std::to_string(member.group->num_ranks()));
+    return false;
+  }
+  const std::string fault = member.group->describe_fault();
+  if (!fault.empty()) {
+    checker.fail("the group is broken until jax_ep.initialize is called again: " + fault);
+    return false;
+  }
+  call->peers = member.group->peers(member.rank);
+  call->operation = operation;
+  *group = member.group;
+  return true;
+}
+
+Signature signature_of(const Attributes& a, Operation operation) {
+  const Exchange& x = a.exchange;
+  Signature s;
+  s.add(static_cast<int>(operation)).add(a.num_sms);
+  for (int v : {x.num_ranks, x.num_experts, x.num_tokens, x.top_k, x.num_rows, x.alignment, x.batched}) {
+    s.add(v);
+  }
+  return s;
+}
+
+void lend(const Group& group, Call* call, int slot, const void* data, size_t bytes) {
+  if (data == nullptr) return;
+  call->lent.output[slot] = group.locate(data);
+  call->lent.bytes[slot] = bytes;
+}
+
+ffi::Error launched(cudaError_t error, const char* operation) {
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string(operation) + ": " + cudaGetErrorString(error));
+}
+
+Launch launch_of(const Attributes& a, cudaStream_t stream) {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return Launch{a.num_sms == 0 ? count : std::min(a.num_sms, count), stream, 0};
+}
+
+Attributes attributes(std::string_view group, int64_t num_ranks, int64_t num_experts,
+                      int64_t num_tokens, int64_t top_k, int64_t rows, int64_t alignment,
+                      bool batched, int64_t num_sms) {
+  auto narrow = [](int64_t v) { return static_cast<int>(v); };
+  return {group,
+          {narrow(num_ranks), narrow(num_experts), narrow(num_tokens), narrow(top_k), narrow(rows),
+           narrow(alignment), batched},
+          narrow(num_sms)};
+}
+
+ffi::Error plan(cudaStream_t stream, const Attributes& a, ffi::RemainingArgs args,
+                ffi::RemainingRets results) {
+  Checker checker("jax_ep_plan");
+  Buffers buffers(args, results, checker);
+  const Exchange& x = a.exchange;
+  const int64_t T = x.num_tokens, K = x.top_k, all = int64_t{x.num_ranks} * T;
+  PlanParams p{};
+  p.exchange = x;
+  p.topk_idx = buffers.operand<int32_t>("topk_idx", kInt, {T, K});
+  p.pair_rank = buffers.result<int32_t>("pair_rank", kInt, {T, K});
+  p.pair_row = buffers.result<int32_t>("pair_row", kInt, {T, K});
+  p.row_pair = buffers.result<int32_t>("row_pair", kInt, {x.num_rows});
+  p.token_rows = buffers.result<int32_t>("token_rows", kInt, {all, K});
+  p.token_slot = buffers.result<int32_t>("token_slot", kInt, {all});
+  p.expert_ids = buffers.result<int32_t>("expert_ids", kInt, {x.num_rows});
+  p.counts = buffers.result<int32_t>("counts", kInt, {x.local_experts()});
+  p.group_sizes = buffers.result<int32_t>("group_sizes", kInt, {x.local_experts()});
+  p.num_dropped = buffers.result<int32_t>("num_dropped", kInt, {1});
+  p.scratch = buffers.result<int32_t>("scratch", kInt, {int64_t(plan_scratch_words(x))});
+  buffers.finish();
+  Group* group = nullptr;
+  if (!checker.ok() || !enter(a, Operation::kPlan, checker, &p.call, &group)) return checker.error();
+  p.call.signature = signature_of(a, Operation::kPlan).value();
+  return launched(launch_plan(&p, x, launch_of(a, stream)), "jax_ep_plan");
+}
+
+ffi::Error dispatch(cudaStream_t stream, const Attributes& a, int64_t wire, bool power_of_two,
+                    bool zero_tail, bool has_scales, bool has_scalars, ffi::RemainingArgs args,
+                    ffi::RemainingRets results) {
+  Checker checker("jax_ep_dispatch");
+  Buffers buffers(args, results, checker);
+  const Exchange& x = a.exchange;
+  const int64_t T = x.num_tokens, K = x.top_k, rows = x.num_rows;
+  ffi::DataType type{};
+  int64_t H = 0;
+  Element element{};
+  if (!buffers.peek(0, &type, &H) || !element_of(type, &element)) {
+    checker.fail("x: expected bf16, f16, f32 or e4m3fn");
+    return checker.error();
+  }
+  const Wire how = static_cast<Wire>(wire);
+  const bool scales_out = has_scales || how == Wire::kQuantized;
+  const ffi::DataType row_type = how == Wire::kQuantized ? ffi::DataType::F8E4M3FN : type;
+  const int64_t S = H / kScaleBlock;
+  DispatchParams p{};
+  p.exchange = x;
+  p.hidden = static_cast<int>(H);
+  p.row_bytes = static_cast<int>(H) * (how == Wire::kQuantized ? 1 : bytes_of(element));
+  p.zero_tail = zero_tail;
+  p.power_of_two_scales = power_of_two;
+  p.x = buffers.operand<char>("x", type, {T, H});
+  if (has_scales) p.scales = buffers.operand<float>("scales", kFloat, {T, S});
+  if (has_scalars) p.scalars = buffers.operand<float>("scalars", kFloat, {T * K});
+  p.pair_rank = buffers.operand<int32_t>("pair_rank", kInt, {T, K});
+  p.pair_row = buffers.operand<int32_t>("pair_row", kInt, {T, K});
+  p.row_pair = buffers.operand<int32_t>("row_pair", kInt, {rows});
+  p.token_rows = buffers.operand<int32_t>("token_rows", kInt, {x.num_ranks * T, K});
+  buffers.operand<int32_t>("token_slot", kInt, {x.num_ranks * T});
+  p.rows = buffers.result<char>("rows", row_type, {rows, H});
+  if (scales_out) p.row_scales = buffers.result<float>("row_scales", kFloat, {rows, S});
+  if (has_scalars) p.row_scalars = buffers.result<float>("row_scalars", kFloat, {rows});
+  buffers.finish();
+  if (p.row_bytes % 16 != 0) {
+    checker.fail("x: expected rows of a multiple of 16 bytes, got " + std::to_string(p.row_bytes));
+  }
+  Group* group = nullptr;
+  if (!checker.ok() || !enter(a, Operation::kDispatch, checker, &p.call, &group)) return checker.error();
+  lend(*group, &p.call, 0, p.rows, size_t(rows) * p.row_bytes);
+  lend(*group, &p.call, 1, p.row_scales, size_t(rows) * S * sizeof(float));
+  lend(*group, &p.call, 2, p.row_scalars, size_t(rows) * sizeof(float));
+  Signature s = signature_of(a, Operation::kDispatch);
+  s.add(H).add(static_cast<int>(type)).add(wire).add(power_of_two).add(has_scales).add(has_scalars);
+  p.call.signature = s.value();
+  return launched(launch_dispatch(&p, element, how, p.hidden, launch_of(a, stream)), "jax_ep_dispatch");
+}
+
+ffi::Error combine(cudaStream_t stream, const Attributes& a, bool has_rows, bool has_weights,
+                   bool has_scalars, ffi::RemainingArgs args, ffi::RemainingRets results) {
+  Checker checker("jax_ep_combine");
+  Buffers buffers(args, results, checker);
+  const Exchange& x = a.exchange;
+  const int64_t T = x.num_tokens, K = x.top_k, rows = x.num_rows;
+  ffi::DataType type = kFloat;
+  int64_t H = 0;
+  Element element = Element::kF32;
+  if (has_rows && (!buffers.peek(0, &type, &H) || !element_of(type, &element) || element == Element::kFp8)) {
+    checker.fail("y: expected bf16, f16 or f32");
+    return checker.error();
+  }
+  CombineParams p{};
+  p.exchange = x;
+  p.hidden = static_cast<int>(H);
+  if (has_rows) p.y = buffers.operand<char>("y", type, {rows, H});
+  if (has_weights) p.weights = buffers.operand<float>("weights", kFloat, {rows});
+  if (has_scalars) p.row_scalars = buffers.operand<float>("scalars", kFloat, {rows});
+  p.pair_rank = buffers.operand<int32_t>("pair_rank", kInt, {T, K});
+  p.pair_row = buffers.operand<int32_t>("pair_row", kInt, {T, K});
+  p.row_pair = buffers.operand<int32_t>("row_pair", kInt, {rows});
+  p.token_rows = buffers.operand<int32_t>("token_rows", kInt, {x.num_ranks * T, K});
+  p.token_slot = buffers.operand<int32_t>("token_slot", kInt, {x.num_ranks * T});
+  const int64_t slots = partial_slots(x);
+  if (has_rows) p.out = buffers.result<char>("out", type, {T, H});
+  if (has_scalars) p.scalars = buffers.result<float>("scalars_out", kFloat, {T * K});
+  if (has_rows && slots > 0) p.partials = buffers.result<char>("partials", type, {T, slots, H});
+  buffers.finish();
+  const size_t row_bytes = size_t(H) * bytes_of(element);
+  if (row_bytes % 16 != 0) {
+    checker.fail("y: expected rows of a multiple of 16 bytes, got " + std::to_string(row_bytes));
+  }
+  Group* group = nullptr;
+  if (!checker.ok() || !enter(a, Operation::kCombine, checker, &p.call, &group)) return checker.error();
+  lend(*group, &p.call, 0, p.partials, size_t(T) * slots * row_bytes);
+  lend(*group, &p.call, 1, p.scalars, size_t(T) * K * sizeof(float));
+  Signature s = signature_of(a, Operation::kCombine);
+  s.add(H).add(static_cast<int>(type)).add(has_rows).add(has_weights).add(has_scalars);
+  p.call.signature = s.value();
+  return launched(launch_combine(&p, element, launch_of(a, stream)), "jax_ep_combine");
+}
+
+// Attributes come one by one and in no order; these bindings and the functions below agree on one.
+auto bind_exchange() {
+  return ffi::Ffi::Bind()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>()
+      .Attr<std::string_view>("group")
+      .Attr<int64_t>("num_ranks")
+      .Attr<int64_t>("num_experts")
+      .Attr<int64_t>("num_tokens")
+      .Attr<int64_t>("top_k")
+      .Attr<int64_t>("rows")
+      .Attr<int64_t>("alignment")
+      .Attr<bool>("batched")
+      .Attr<int64_t>("num_sms");
+}
+
+ffi::Error plan_entry(cudaStream_t stream, std::string_view group, int64_t R, int64_t E, int64_t T,
+                      int64_t K, int64_t rows, int64_t A, bool batched, int64_t sms,
+                      ffi::RemainingArgs args, ffi::RemainingRets results) {
+  return plan(stream, attributes(group, R, E, T, K, rows, A, batched, sms), args, results);
+}
+
+ffi::Error dispatch_entry(cudaStream_t stream, std::string_view group, int64_t R, int64_t E,
+                          int64_t T, int64_t K, int64_t rows, int64_t A, bool batched, int64_t sms,
+                          int64_t wire, bool power_of_two, bool zero_tail, bool has_scales,
+                          bool has_scalars, ffi::RemainingArgs args, ffi::RemainingRets results) {
+  return dispatch(stream, attributes(group, R, E, T, K, rows, A, batched, sms), wire, power_of_two,
+                  zero_tail, has_scales, has_scalars, args, results);
+}
+
+ffi::Error combine_entry(cudaStream_t stream, std::string_view group, int64_t R, int64_t E,
+                         int64_t T, int64_t K, int64_t rows, int64_t A, bool batched, int64_t sms,
+                         bool has_rows, bool has_weights, bool has_scalars, ffi::RemainingArgs args,
+                         ffi::RemainingRets results) {
+  return combine(stream, attributes(group, R, E, T, K, rows, A, batched, sms), has_rows,
+                 has_weights, has_scalars, args, results);
+}
+
+XLA_FFI_DEFINE_HANDLER(plan_handler, plan_entry, bind_exchange().RemainingArgs().RemainingRets(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(dispatch_handler, dispatch_entry,
+                       bind_exchange()
+                           .Attr<int64_t>("wire")
+                           .Attr<bool>("power_of_two")
+                           .Attr<bool>("zero_tail")
+                           .Attr<bool>("has_scales")
+                           .Attr<bool>("has_scalars")
+                           .RemainingArgs()
+                           .RemainingRets(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER(combine_handler, combine_entry,
+                       bind_exchange()
+                           .Attr<bool>("has_rows")
+                           .Attr<bool>("has_weights")
+                           .Attr<bool>("has_scalars")
+                           .RemainingArgs()
+                           .RemainingRets(),
+                       {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+
+std::vector<std::pair<const char*, void*>> handlers() {
+  return {{"jax_ep_plan", reinterpret_cast<void*>(plan_handler)},
+          {"jax_ep_dispatch", reinterpret_cast<void*>(dispatch_handler)},
+          {"jax_ep_combine", reinterpret_cast<void*>(combine_handler)}};
+}
+
+}  // namespace jax_ep
