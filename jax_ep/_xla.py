@@ -3,7 +3,8 @@
 
     plan      sort my pairs by expert; all-gather the counts and the orders; the rest is arithmetic
     dispatch  all-gather the tokens (a padded all-to-all whose blocks are all alike), take my rows
-    combine   sum a token's rows into a partial; all-to-all the partials; sum in rank order
+    combine   sum a token's rows into a partial; all-to-all the partials; sum in rank order;
+              in at most eight blocks of tokens, so that the partials in flight stay small
 
 Memory is linear in the tokens and rows that move; there is no one-hot and no mask of pairs by rows.
 """
@@ -11,7 +12,14 @@ Memory is linear in the tokens and rows that move; there is no one-hot and no ma
 import jax.numpy as jnp
 from jax import Array, lax
 
+from . import _jax_compat
 from ._types import Spec
+
+# combine works on the tokens in pieces, to keep them in cache and off the allocator; sizes are of
+# float32 sums, measured in docs/performance.md.
+_BLOCKS = 8  # at most, each with one all-to-all
+_BLOCK_BYTES = 2**21  # at least, over all ranks
+_CHUNK_BYTES = 2**18  # added up at a time
 
 
 def plan(topk_idx: Array, *, spec: Spec) -> tuple[Array, ...]:
@@ -127,37 +135,89 @@ def dispatch(values: tuple[Array, ...], row_pair: Array, *, spec: Spec) -> tuple
         if spec.num_tokens == 0:
             rows.append(jnp.zeros((spec.rows, *value.shape[1:]), value.dtype))
             continue
-        source = lax.all_gather(value, spec.axis, tiled=True)
+        source = lax.all_gather(_bits(value), spec.axis, tiled=True)
         taken = source.at[jnp.maximum(index, 0)].get(mode="promise_in_bounds")
-        rows.append(jnp.where(owned, taken, jnp.zeros((), value.dtype)))
+        taken = jnp.where(owned, taken, jnp.zeros((), taken.dtype))
+        rows.append(_from_bits(taken, value.dtype))
     return tuple(rows)
 
 
 def combine(y: Array, weights: Array | None, token_rows: Array, *, spec: Spec) -> Array:
-    """Rows `[rows, H]` to tokens `[T, H]`: partial sums here, then sums in rank order there."""
-    R, T = spec.num_ranks, spec.num_tokens
-    if y.shape[0] == 0 or T == 0:
-        return jnp.zeros_like(y, shape=(T, y.shape[1]))
-    dtype = y.dtype
-    if weights is not None:  # the barrier keeps XLA from contracting to a fused multiply-add
-        y = lax.optimization_barrier(weights[:, None] * y.astype(jnp.float32))
-    by_column = jnp.moveaxis(token_rows, 1, 0)  # [K, R*T]
+    """Rows `[rows, H]` to tokens `[T, H]`: partial sums here, then sums in rank order there.
 
-    def add(k, acc):
-        row = lax.dynamic_index_in_dim(by_column, k, keepdims=False)
-        at = jnp.maximum(row, 0)
-        value = y.at[at].get(mode="promise_in_bounds").astype(jnp.float32)
-        return acc + jnp.where((row >= 0)[:, None], value, jnp.float32(0))
+    In blocks of every rank's tokens, so that the partials in flight stay small.
+    """
+    R, T, H = spec.num_ranks, spec.num_tokens, y.shape[1]
+    if y.shape[0] == 0 or T == 0 or H == 0:
+        return jnp.zeros_like(y, shape=(T, H))
+    size = min(T, max(-(-T // _BLOCKS), _BLOCK_BYTES // (4 * R * H)))
+    by_source = token_rows.reshape(R, T, -1)
 
-    longest = (token_rows >= 0).sum(1).max()
-    start = jnp.zeros_like(y, shape=(R * T, y.shape[1]), dtype=jnp.float32)
-    start = start + (token_rows[:, :1] * 0).astype(jnp.float32)  # typed as varying as the rows
-    partial = lax.fori_loop(0, longest, add, start).astype(dtype)
-    partials = lax.all_to_all(partial.reshape(R, T, -1), spec.axis, 0, 0, tiled=True)
-    total = partials[0].astype(jnp.float32)
-    for r in range(1, R):
-        total = total + partials[r].astype(jnp.float32)
-    return total.astype(dtype)
+    def block(b, out):
+        first = jnp.minimum(b * size, T - size)  # the last block may repeat some tokens
+        asked = lax.dynamic_slice_in_dim(by_source, first, size, 1)
+        partial = _partials(y, weights, asked.reshape(R * size, -1))
+        partials = lax.all_to_all(partial.reshape(R, size, H), spec.axis, 0, 0, tiled=True)
+        partials = _from_bits(partials, y.dtype)
+        total = partials[0].astype(jnp.float32)
+        for r in range(1, R):
+            total = total + partials[r].astype(jnp.float32)
+        return lax.dynamic_update_slice_in_dim(out, _bits(total.astype(y.dtype)), first, 0)
+
+    out = lax.fori_loop(0, -(-T // size), block, _bits(_zeros(y, (T, H), y.dtype)))
+    return _from_bits(out, y.dtype)
+
+
+def _partials(y: Array, weights: Array | None, token_rows: Array) -> Array:
+    """My rows of every token `[N, K]` added in row order: `[N, H]` of `y.dtype`, as `_bits`.
+
+    In chunks of tokens that stay in a core's cache, each as many steps long as its longest token.
+    """
+    N, H = token_rows.shape[0], y.shape[1]
+    size = min(N, max(8, _CHUNK_BYTES // (4 * H)))
+    zero = (token_rows.max() + 1) >> 31  # always 0, but the compiler cannot know
+    columns, values = token_rows.T, _bits(y)
+
+    def chunk(c, partials):
+        first = jnp.minimum(c * size, N - size)
+        mine = lax.dynamic_slice_in_dim(columns, first, size, 1)
+
+        def add(k, acc):
+            row = lax.dynamic_index_in_dim(mine, k, keepdims=False)
+            at = jnp.maximum(row, 0)
+            value = _from_bits(values.at[at].get(mode="promise_in_bounds"), y.dtype)
+            value = value.astype(jnp.float32)
+            if weights is not None:
+                scale = weights.at[at].get(mode="promise_in_bounds")[:, None]
+                value = _rounded(scale * value, zero)
+            return acc + jnp.where((row >= 0)[:, None], value, jnp.float32(0))
+
+        longest = (mine >= 0).sum(0).max()
+        total = lax.fori_loop(0, longest, add, _zeros(y, (size, H), jnp.float32))
+        return lax.dynamic_update_slice_in_dim(partials, _bits(total.astype(y.dtype)), first, 0)
+
+    return lax.fori_loop(0, -(-N // size), chunk, _bits(_zeros(y, (N, H), y.dtype)))
+
+
+def _zeros(like: Array, shape, dtype) -> Array:
+    """Zeros typed as varying over the axes that `like` varies over."""
+    zeros = jnp.zeros_like(like, shape=shape, dtype=dtype)
+    return _jax_compat.cast_to_varying(zeros, _jax_compat.varying_axes(like))
+
+
+def _rounded(product: Array, zero: Array) -> Array:
+    """`product` rounded to float32: integer work between keeps XLA from a fused multiply-add."""
+    bits = lax.bitcast_convert_type(product, jnp.int32)
+    return lax.bitcast_convert_type(bits ^ zero, jnp.float32)
+
+
+def _bits(array: Array) -> Array:
+    """16-bit floats as integers: XLA:CPU may widen a whole array of them to move one row."""
+    return lax.bitcast_convert_type(array, jnp.uint16) if array.dtype.itemsize == 2 else array
+
+
+def _from_bits(array: Array, dtype) -> Array:
+    return lax.bitcast_convert_type(array, dtype) if array.dtype != dtype else array
 
 
 def return_scalars(scalars: Array, row_pair: Array, *, spec: Spec) -> Array:
