@@ -8,9 +8,19 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType
 
-from . import _check, _fp8, _grad, _jax_compat, _view
+from . import _check, _grad, _group, _jax_compat, _view
 from ._layout import num_rows
-from ._types import REMAT_NAMES, Config, Dispatched, Handle, Implementation, Layout, Plan, Spec
+from ._types import (
+    REMAT_NAMES,
+    Config,
+    Dispatched,
+    Handle,
+    Implementation,
+    Layout,
+    Plan,
+    Spec,
+    Wire,
+)
 
 _PLAN, _DISPATCH, _COMBINE = REMAT_NAMES
 
@@ -125,6 +135,7 @@ def dispatch(
         zero_tail=zero_tail,
         implementation=implementation,
         config=_check.config(config),
+        group=_group.signature(mesh, axes),
         batch_shape=batch_shape,
         groups=groups if in_global_view else None,
         mesh_axes=split if in_global_view else (),
@@ -135,42 +146,33 @@ def dispatch(
         tokens, topk_idx, topk_weights, scales = _vary_alike(
             spec, tokens, topk_idx, topk_weights, scales
         )
-    return _dispatch(
-        spec, tokens, scales, topk_idx, topk_weights, wire_dtype, scale_format, deliver
-    )
+    wire = Wire(deliver if wire_dtype is not None and scales is None else "copy", scale_format)
+    return _dispatch(spec, tokens, scales, topk_idx, topk_weights, wire)
 
 
-def _dispatch(spec, x, scales, topk_idx, topk_weights, wire_dtype, scale_format, deliver):
+def _dispatch(spec, x, scales, topk_idx, topk_weights, wire):
     *maps, expert_ids, counts, sizes, dropped = checkpoint_name(
         _view.plan(lax.stop_gradient(topk_idx), spec=spec), _PLAN
     )
     plan = Plan(*maps)
-    scalars = None if topk_weights is None else topk_weights.reshape(-1)
-    if deliver == "quantized":
-        q, s = (x, scales) if scales is not None else _fp8.quantize(x, scale_format)
-        sent = (q, s)
-    else:
-        if wire_dtype is not None:
-            x = _grad.wire(scale_format, x)
-        sent = (x,)
-    if scalars is not None:
-        sent = (*sent, scalars)
-    rows = _grad.dispatch_values(spec, tuple(map(lax.stop_gradient, sent)), plan)
+    sources = {"tokens": x, "scales": scales}
+    if topk_weights is not None:
+        sources["scalars"] = topk_weights.reshape(-1)
+    sources = {name: value for name, value in sources.items() if value is not None}
+    stopped = {name: lax.stop_gradient(value) for name, value in sources.items()}
+    rows = _view.dispatch(stopped, plan, spec=spec, wire=wire, forward=True)
     rows = checkpoint_name(rows, _DISPATCH)
-    weights = rows[-1] if scalars is not None else None
-    if deliver == "quantized":
-        tokens, row_scales = rows[:2]
+    tokens, row_scales, weights = (rows.get(name) for name in ("tokens", "scales", "scalars"))
+    if row_scales is not None:
         tokens = _grad.refuse_gradient(tokens, x)
-        if scalars is not None:
-            weights = _grad.attach(spec, {"scalars": weights}, {"scalars": scalars}, plan)[
-                "scalars"
-            ]
+        if weights is not None:
+            source = {"scalars": sources["scalars"]}
+            weights = _grad.attach(spec, {"scalars": weights}, source, plan)["scalars"]
     else:
-        row_scales = None
-        values, sources = {"rows": rows[0]}, {"rows": x}
-        if scalars is not None:
-            values["scalars"], sources["scalars"] = weights, scalars
-        attached = _grad.attach(spec, values, sources, plan)
+        given = {"rows": x, "scalars": sources.get("scalars")}
+        got = {"rows": tokens, "scalars": weights}
+        given, got = ({k: v for k, v in d.items() if v is not None} for d in (given, got))
+        attached = _grad.attach(spec, got, given, plan)
         tokens, weights = attached["rows"], attached.get("scalars")
 
     def shaped(rows):
@@ -233,9 +235,7 @@ def combine(y: Array, handle: Handle, weights: Array | None = None) -> Array:
             raise ValueError(f"weights: expected shape {expected}, got {weights.shape}")
         weights = weights.reshape(*lead, spec.rows)
     if not spec.is_global:
-        y, weights, *maps = _vary_alike(
-            spec, y, weights, plan.pair_rank, plan.pair_row, plan.row_pair, plan.token_rows
-        )
+        y, weights, *maps = _vary_alike(spec, y, weights, *plan.arrays())
         plan = Plan(*maps)
     out = checkpoint_name(_grad.combine(spec, y, weights, plan), _COMBINE)
     return out.reshape(*spec.batch_shape, out.shape[-1])
@@ -247,9 +247,13 @@ def _flat(array: Array) -> Array:
 
 
 def _as_int32(topk_idx, num_experts: int):
-    """Any integer type to int32; what names no expert becomes -1."""
-    named = (topk_idx >= 0) & (topk_idx < num_experts)
-    return jnp.where(named, topk_idx, -1).astype(jnp.int32)
+    """Any integer type to int32; what is outside [-1, E) stays outside, as E."""
+    if topk_idx.dtype == jnp.int32:
+        return topk_idx
+    valid = topk_idx < num_experts
+    if jnp.issubdtype(topk_idx.dtype, jnp.signedinteger):
+        valid &= topk_idx >= -1
+    return jnp.where(valid, topk_idx, num_experts).astype(jnp.int32)
 
 
 def _vary_alike(spec: Spec, *arrays):

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one module that imports the compiled extension, which is optional."""
 
+import functools
 import importlib.util
+
+import jax
 
 NOT_BUILT = (
     "not built: `pip install` found no working C++ compiler, or this checkout was never installed"
@@ -22,3 +25,48 @@ def build_facts() -> dict:
     if _ext is None:
         return {"extension": False, "missing": _missing}
     return {"extension": True, **_ext.build_facts()}
+
+
+def has_cuda() -> bool:
+    """Whether the extension holds CUDA kernels; registers their FFI targets the first time."""
+    return _register()
+
+
+@functools.cache
+def _register() -> bool:
+    if _ext is None or not hasattr(_ext, "handlers"):
+        return False
+    for name, handler in _ext.handlers().items():
+        jax.ffi.register_ffi_target(name, handler, platform="CUDA")
+    return True
+
+
+def plan_scratch_words(num_ranks: int, num_experts: int, num_tokens: int, top_k: int) -> int:
+    """32-bit words of scratch that the plan kernel wants."""
+    return _ext.plan_scratch_words(num_ranks, num_experts, num_tokens, top_k)
+
+
+def initialize_groups(signature: str, devices: list[list[int]], timeout_s: float) -> None:
+    """Make or restart the groups of one signature, one for each list of CUDA devices."""
+    _ext.initialize_groups(signature, devices, timeout_s)
+
+
+def finalize_groups() -> None:
+    """Take all groups out of use."""
+    if has_cuda():
+        _ext.finalize_groups()
+
+
+def describe_faults() -> str:
+    """What went wrong first on the devices of this process; empty if nothing did."""
+    return _ext.describe_faults() if has_cuda() else ""
+
+
+def describe_groups() -> list[str]:
+    """One line for each group in use."""
+    return _ext.describe_groups() if has_cuda() else []
+
+
+def control_layout(num_ranks: int) -> list[tuple[str, str, int, int]]:
+    """Name, writer, offset and bytes of each field of a rank's control block."""
+    return _ext.control_layout(num_ranks) if has_cuda() else []

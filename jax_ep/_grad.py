@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from . import _fp8, _view
+from . import _view
 from ._types import Plan, Spec
 
 QUANTIZED_GRADIENT = (
@@ -18,11 +18,6 @@ QUANTIZED_GRADIENT = (
     "cotangent. Wrap dispatch and the expert GEMM in one jax.custom_vjp whose backward is "
     "jax_ep.combine (docs/sharp_bits.md shows it), or use deliver='dequantized'."
 )
-
-
-def dispatch_values(spec: Spec, values, plan: Plan):
-    """Rows of `values` (per token `[T, ...]`, per pair `[T*K]`), without gradients."""
-    return _view.dispatch(*values, plan.row_pair, spec=spec, forward=True)
 
 
 def attach(spec: Spec, rows: dict, sources: dict, plan: Plan) -> dict:
@@ -46,11 +41,8 @@ def _attach_fwd(spec, rows, sources, plan):
 
 
 def _attach_bwd(spec, plan, cotangents):
-    kinds = tuple(cotangents)
-    results = _view.combine(
-        *cotangents.values(), plan.row_pair, plan.token_rows, spec=spec, kinds=kinds
-    )
-    return None, dict(zip(kinds, results, strict=True)), None
+    results = _view.combine(cotangents, plan, spec=spec)
+    return None, {kind: results[kind] for kind in cotangents}, None
 
 
 _attach.defvjp(_attach_fwd, _attach_bwd)
@@ -71,22 +63,10 @@ refuse_gradient.defvjp(_refuse_fwd, lambda _, g: (None, g))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def wire(spec_format: str, x):
-    """Quantise and dequantise, gradient straight through."""
-    if x.size == 0:
-        return x
-    return _fp8.dequantize(*_fp8.quantize(x, spec_format), x.dtype)
-
-
-wire.defvjp(lambda spec_format, x: (wire(spec_format, x), None), lambda _, __, g: (g,))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def combine(spec: Spec, y, weights, plan: Plan):
     """`y [rows, H]` to `[T, H]`; `weights [rows]` or None."""
     named = {"rows": y} if weights is None else {"rows": y, "weights": weights}
-    operands = (*named.values(), plan.row_pair, plan.token_rows)
-    return _view.combine(*operands, spec=spec, kinds=tuple(named))[0]
+    return _view.combine(named, plan, spec=spec)["rows"]
 
 
 def _combine_fwd(spec, y, weights, plan):
@@ -95,7 +75,7 @@ def _combine_fwd(spec, y, weights, plan):
 
 def _combine_bwd(spec, residuals, g):
     y, weights, plan = residuals
-    (g_rows,) = _view.dispatch(g, plan.row_pair, spec=spec, forward=False)
+    g_rows = _view.dispatch({"tokens": g}, plan, spec=spec, forward=False)["tokens"]
     if weights is None:
         return g_rows, None, None
     owned = plan.row_pair >= 0

@@ -1,21 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Life of a group: `initialize`, `finalize`, `check`.
 
-Without CUDA kernels there is nothing to set up; what can be wrong is checked all the same, so that
-a program written on a laptop is right on GPUs.
+On CUDA this sets up the control blocks that the kernels of a group share. Elsewhere there is nothing
+to set up; what can be wrong is checked all the same, so that a program written on a laptop is right
+on GPUs.
 """
 
+import math
+
+import numpy as np
 from jax.sharding import Mesh
 
+from . import _ffi
 from ._check import axis_tuple
 
-_groups: dict[tuple[tuple[str, int], ...], Mesh] = {}
+_groups: dict[str, Mesh] = {}
+
+
+def signature(mesh, axes: tuple[str, ...]) -> str:
+    """Name of the groups along `axes`, the same in every process and inside jit."""
+    sizes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return f"{sizes}|{','.join(axes)}"
 
 
 def initialize(mesh: Mesh, axis_name="expert", *, timeout_s: float = 60.0) -> None:
     """Set up the group of every line of devices along `axis_name`; once, outside jit.
 
-    Idempotent. Needed before the first operation on CUDA; elsewhere it only checks its arguments.
+    Idempotent; after a failure it starts a new generation. Needed before the first operation on
+    CUDA; elsewhere it only checks its arguments.
 
     Args:
         mesh: a concrete `jax.sharding.Mesh` of all devices that take part.
@@ -37,24 +49,49 @@ def initialize(mesh: Mesh, axis_name="expert", *, timeout_s: float = 60.0) -> No
             )
     if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
         raise ValueError(f"timeout_s: expected a positive number of seconds, got {timeout_s!r}")
-    signature = (*mesh.shape.items(), *((axis, 0) for axis in axes))
-    known = _groups.get(signature)
+    name = signature(mesh, axes)
+    known = _groups.get(name)
     if known is not None and list(known.devices.flat) != list(mesh.devices.flat):
         raise ValueError(
             f"mesh: a group over {dict(mesh.shape)} exists with another device order: expected "
             f"{[d.id for d in known.devices.flat]}, got {[d.id for d in mesh.devices.flat]}. "
             "Call jax_ep.finalize() first."
         )
-    _groups[signature] = mesh
+    on_gpus = all(d.platform in ("gpu", "cuda") for d in mesh.devices.flat)
+    if on_gpus and _ffi.has_cuda() and (known is None or _ffi.describe_faults()):
+        _ffi.initialize_groups(name, _device_lists(mesh, axes), timeout_s)
+    _groups[name] = mesh
+
+
+def _device_lists(mesh: Mesh, axes: tuple[str, ...]) -> list[list[int]]:
+    """CUDA devices of each group, in rank order."""
+    others = [axis for axis in mesh.axis_names if axis not in axes]
+    order = [mesh.axis_names.index(axis) for axis in (*others, *axes)]
+    num_ranks = math.prod(mesh.shape[axis] for axis in axes)
+    groups = np.transpose(mesh.devices, order).reshape(-1, num_ranks)
+    processes = {d.process_index for d in mesh.devices.flat}
+    if len(processes) > 1:
+        raise ValueError(
+            f"mesh: expected devices of one process, got {len(processes)} processes. Groups across "
+            "processes are not implemented for CUDA yet; implementation='xla' works."
+        )
+    return [[d.local_hardware_id for d in group] for group in groups]
 
 
 def finalize() -> None:
-    """Release every group; `initialize` makes new ones. Call it when no operation runs."""
+    """Take every group out of use; `initialize` makes new ones. Call it when no operation runs."""
     _groups.clear()
+    _ffi.finalize_groups()
 
 
 def check() -> None:
     """Raise the error that an operation recorded on the device, naming the slow rank, if any.
 
     The `xla` implementation records none: its errors are XLA's own.
+
+    Raises:
+        RuntimeError: an operation of this process failed on the device.
     """
+    fault = _ffi.describe_faults()
+    if fault:
+        raise RuntimeError(f"jax_ep: {fault}")

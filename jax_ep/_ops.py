@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from . import _jax_compat, _xla
-from ._types import Spec
+from . import _cuda, _ffi, _fp8, _jax_compat, _xla
+from ._types import SCALE_BLOCK, Plan, Spec, Wire
 
 _GPU_PLATFORMS = ("cuda", "rocm")
 
 
-def _define(name: str, abstract, implementation) -> Primitive:
-    """A primitive with `abstract(*types, spec, ...)` and its portable implementation."""
+def _define(name: str, abstract, portable, cuda) -> Primitive:
+    """A primitive with `abstract(*types, spec, ...)` and its two implementations."""
     prim = Primitive(f"jax_ep_{name}")
     prim.multiple_results = True
 
@@ -31,32 +31,53 @@ def _define(name: str, abstract, implementation) -> Primitive:
             for shape, dtype in abstract(*operands, **params)
         ]
 
-    def portable(*operands, batch, **params):
-        function = functools.partial(implementation, **params)
+    def by_xla(*operands, batch, **params):
+        function = functools.partial(portable, **params)
         for _ in range(batch):
             function = jax.vmap(function)
         return function(*operands)
 
+    def by_cuda(*operands, batch, **params):
+        return _cuda.over_batch(functools.partial(cuda, **params), batch, operands)
+
     prim.def_abstract_eval(abstract_eval)
-    lower = mlir.lower_fun(portable, multiple_results=True)
-    mlir.register_lowering(prim, functools.partial(_lower, lower, name, None))
+    rules = {
+        rule: mlir.lower_fun(function, multiple_results=True)
+        for rule, function in (("xla", by_xla), ("cuda", by_cuda))
+    }
+    mlir.register_lowering(prim, functools.partial(_lower, rules, name, None))
     for platform in (*_GPU_PLATFORMS, "cpu", "tpu"):
         mlir.register_lowering(
-            prim, functools.partial(_lower, lower, name, platform), platform=platform
+            prim, functools.partial(_lower, rules, name, platform), platform=platform
         )
     batching.primitive_batchers[prim] = functools.partial(_batch, prim)
     return prim
 
 
-def _lower(lower, name, platform, ctx, *operands, spec: Spec, **params):
-    if spec.implementation == "cuda":
-        raise ValueError(
-            f"jax_ep.{name}: implementation='cuda' cannot be lowered for {platform or 'this platform'}: "
-            "this build has no CUDA kernels. Valid here: None, 'xla'."
-        )
-    if spec.implementation is None and platform == "cuda":
-        _warn_once()
-    return lower(ctx, *operands, spec=spec, **params)
+def _lower(rules, name, platform, ctx, *operands, spec: Spec, **params):
+    rule = _choose(name, platform, spec)
+    return rules[rule](ctx, *operands, spec=spec, **params)
+
+
+def _choose(name: str, platform: str | None, spec: Spec) -> str:
+    """ "cuda" or "xla" for one operation on one platform; never a silent replacement."""
+    if spec.implementation == "xla" or (spec.implementation is None and platform != "cuda"):
+        return "xla"
+    if platform != "cuda":
+        missing, valid = f"it is for CUDA, not for {platform or 'this platform'}", "None, 'xla'"
+    elif not _ffi.has_cuda():
+        if spec.implementation is None:
+            _warn_once()
+            return "xla"
+        missing, valid = "this build has no CUDA kernels", "None, 'xla'"
+    else:
+        missing, valid = _cuda.why_not(spec), "'xla'"
+    if missing is None:
+        return "xla" if spec.num_tokens == 0 else "cuda"  # nothing moves
+    raise ValueError(
+        f"jax_ep.{name}: implementation={spec.implementation!r} cannot be lowered for "
+        f"{platform or 'this platform'}: {missing}. Valid here: {valid}."
+    )
 
 
 @functools.cache
@@ -92,54 +113,81 @@ def _plan_types(topk_idx, *, spec: Spec):
     del topk_idx
     pairs = (spec.num_tokens, spec.top_k)
     experts = (spec.local_experts,)
-    by_source = (spec.num_ranks * spec.num_tokens, spec.top_k)
-    shapes = (pairs, pairs, (spec.rows,), by_source, (spec.rows,), experts, experts, (1,))
-    return [(shape, jnp.int32) for shape in shapes]
+    sources = spec.num_ranks * spec.num_tokens
+    maps = (pairs, pairs, (spec.rows,), (sources, spec.top_k), (sources,))
+    return [(shape, jnp.int32) for shape in (*maps, (spec.rows,), experts, experts, (1,))]
 
 
-def _plan(topk_idx, *, spec: Spec):
-    return _xla.plan(topk_idx, spec=spec)
+def _split(operands, kinds: tuple[str, ...]) -> tuple[dict, Plan]:
+    """Operands as they are bound: those that `kinds` names, then the plan."""
+    return dict(zip(kinds, operands[: len(kinds)], strict=True)), Plan(*operands[len(kinds) :])
 
 
-def _dispatch_types(*operands, spec: Spec, forward: bool, ranks: tuple[int, ...]):
+def _dispatch_types(*operands, spec: Spec, wire: Wire, kinds: tuple[str, ...], forward: bool):
     del forward
-    return [
-        ((spec.rows, *value.shape[value.ndim - rank + 1 :]), value.dtype)
-        for value, rank in zip(operands[:-1], ranks, strict=True)
-    ]
+    tokens, quantized = operands[0], wire.kind == "quantized"
+    hidden = tokens.shape[-1]
+    dtype = jnp.float8_e4m3fn if quantized else tokens.dtype
+    types = {"tokens": ((spec.rows, hidden), dtype)}
+    if "scales" in kinds or quantized:
+        types["scales"] = ((spec.rows, hidden // SCALE_BLOCK), jnp.float32)
+    if "scalars" in kinds:
+        types["scalars"] = ((spec.rows,), jnp.float32)
+    return list(types.values())
 
 
-def _dispatch(*operands, spec: Spec, forward: bool, ranks: tuple[int, ...]):
-    del forward, ranks
-    *values, row_pair = operands
-    return _xla.dispatch(tuple(values), row_pair, spec=spec)
+def _dispatch_xla(*operands, spec: Spec, wire: Wire, kinds: tuple[str, ...], forward: bool):
+    del forward
+    values, maps = _split(operands, kinds)
+    if wire.kind != "copy":
+        q, scales = _fp8.quantize(values["tokens"], wire.scale_format)
+        if wire.kind == "quantized":
+            values = {**values, "tokens": q, "scales": scales}
+        else:
+            values["tokens"] = _fp8.dequantize(q, scales, values["tokens"].dtype)
+    in_order = [values[kind] for kind in ("tokens", "scales", "scalars") if kind in values]
+    return _xla.dispatch(tuple(in_order), maps.row_pair, spec=spec)
 
 
-def _combine_types(y, *_, spec: Spec, kinds: tuple[str, ...]):
-    sizes = {
-        "rows": ((spec.num_tokens, y.shape[-1]), y.dtype),
-        "scalars": ((spec.num_tokens * spec.top_k,), jnp.float32),
-    }
-    return [sizes[kind] for kind in kinds if kind in sizes]
+def _dispatch_cuda(*operands, spec: Spec, wire: Wire, kinds: tuple[str, ...], forward: bool):
+    del forward
+    values, maps = _split(operands, kinds)
+    return _cuda.dispatch(values, maps, spec=spec, wire=wire)
 
 
-def _combine(*operands, spec: Spec, kinds: tuple[str, ...]):
-    named = dict(zip(kinds, operands[: len(kinds)], strict=True))
-    row_pair, token_rows = operands[len(kinds) :]
+def _combine_types(*operands, spec: Spec, kinds: tuple[str, ...]):
+    named, _ = _split(operands, kinds)
+    types = []
+    if "rows" in named:
+        types.append(((spec.num_tokens, named["rows"].shape[-1]), named["rows"].dtype))
+    if "scalars" in named:
+        types.append(((spec.num_tokens * spec.top_k,), jnp.float32))
+    return types
+
+
+def _combine_xla(*operands, spec: Spec, kinds: tuple[str, ...]):
+    named, maps = _split(operands, kinds)
     results = []
     if "rows" in named:
-        results.append(_xla.combine(named["rows"], named.get("weights"), token_rows, spec=spec))
+        results.append(
+            _xla.combine(named["rows"], named.get("weights"), maps.token_rows, spec=spec)
+        )
     if "scalars" in named:
-        results.append(_xla.return_scalars(named["scalars"], row_pair, spec=spec))
+        results.append(_xla.return_scalars(named["scalars"], maps.row_pair, spec=spec))
     return results
 
 
-#: topk_idx [T, K] -> pair_rank, pair_row, row_pair, token_rows, expert_ids, counts, sizes, dropped
-plan_p = _define("plan", _plan_types, _plan)
-#: values ([T, H], [T, H/128] or [T*K]), row_pair -> rows of each value
-dispatch_p = _define("dispatch", _dispatch_types, _dispatch)
-#: operands named by kinds ("rows", "weights", "scalars"), row_pair, token_rows -> tokens, scalars
-combine_p = _define("combine", _combine_types, _combine)
+def _combine_cuda(*operands, spec: Spec, kinds: tuple[str, ...]):
+    named, maps = _split(operands, kinds)
+    return _cuda.combine(named, maps, spec=spec)
+
+
+#: topk_idx [T, K] -> the arrays of Plan, expert_ids, counts, group_sizes, num_dropped
+plan_p = _define("plan", _plan_types, _xla.plan, _cuda.plan)
+#: values named by kinds ("tokens", "scales", "scalars"), the plan -> rows of each value
+dispatch_p = _define("dispatch", _dispatch_types, _dispatch_xla, _dispatch_cuda)
+#: values named by kinds ("rows", "weights", "scalars"), the plan -> tokens, scalars of pairs
+combine_p = _define("combine", _combine_types, _combine_xla, _combine_cuda)
 
 
 def plan(topk_idx, *, spec: Spec):
@@ -147,15 +195,16 @@ def plan(topk_idx, *, spec: Spec):
     return tuple(plan_p.bind(topk_idx, spec=spec, batch=0))
 
 
-def dispatch(*operands, spec: Spec, forward: bool):
-    """Bind `dispatch_p`: values, then row_pair."""
+def dispatch(*operands, spec: Spec, wire: Wire, kinds: tuple[str, ...], forward: bool):
+    """Bind `dispatch_p`: the values that `kinds` names, then the plan's arrays."""
     operands = _vary(operands, spec)
-    ranks = tuple(value.ndim for value in operands[:-1])
-    return tuple(dispatch_p.bind(*operands, spec=spec, forward=forward, ranks=ranks, batch=0))
+    return tuple(
+        dispatch_p.bind(*operands, spec=spec, wire=wire, kinds=kinds, forward=forward, batch=0)
+    )
 
 
 def combine(*operands, spec: Spec, kinds: tuple[str, ...]):
-    """Bind `combine_p`: the operands that `kinds` names, then row_pair and token_rows."""
+    """Bind `combine_p`: the values that `kinds` names, then the plan's arrays."""
     return tuple(combine_p.bind(*_vary(operands, spec), spec=spec, kinds=kinds, batch=0))
 
 

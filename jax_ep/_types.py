@@ -51,6 +51,7 @@ class Spec:
     zero_tail: bool
     implementation: Implementation | None
     config: Config
+    group: str  # signature of the mesh axes and the group's, as `initialize` knows it
     batch_shape: tuple[int, ...]  # the leading dimensions `combine` restores
     groups: int | None = None  # global view: number of groups side by side; None in shard_map
     mesh_axes: tuple[str, ...] = ()  # global view: mesh axes over which the tokens are split
@@ -74,6 +75,14 @@ class Spec:
         return (self.local_experts, self.rows // self.local_experts)
 
 
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """What happens to a token's row on its way."""
+
+    kind: Literal["copy", "quantized", "dequantized"] = "copy"
+    scale_format: str = "float32"
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -81,8 +90,13 @@ class Plan:
 
     pair_rank: Array  # [T, K] int32: rank that receives the pair; -1: no expert
     pair_row: Array  # [T, K] int32: its row there; -1: no expert, or dropped
-    row_pair: Array  # [rows] int32: (source rank * T + token) * K + k; -1 on padding and tail
+    row_pair: Array  # [rows] int32: (source rank * T + token) * K + k; negative: padding, tail
     token_rows: Array  # [R*T, K] int32: my rows of (source rank, token), ascending, then -1
+    token_slot: Array  # [R*T] int32: ranks below mine that the token names, its own excepted
+
+    def arrays(self) -> tuple[Array, ...]:
+        """The arrays, in the order of the fields."""
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
 
 @jax.tree_util.register_dataclass

@@ -17,40 +17,70 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from . import _jax_compat, _ops
-from ._types import SCALE_BLOCK, Spec
+from ._types import SCALE_BLOCK, Plan, Spec, Wire
+
+_COPY = Wire()
+
+
+_PLAN = ("pair", "pair", "row", "source", "slot")
+_VALUES = {"tokens": "hidden", "scales": "scale", "scalars": "scalar"}
+_ROWS = {"rows": "row_hidden", "weights": "row", "scalars": "row"}
 
 
 def plan(topk_idx, *, spec: Spec):
     """`_ops.plan` in the view of `spec`."""
     if not spec.is_global:
         return _ops.plan(topk_idx, spec=spec)
-    results = ("pair", "pair", "row", "source", "row", "expert", "expert", "one")
-    return _run_global(_ops.plan, spec, ("pair",), results, topk_idx)
-
-
-def dispatch(*operands, spec: Spec, forward: bool):
-    """`_ops.dispatch` in the view of `spec`; values are tokens, scales, scalars, in this order."""
-    if not spec.is_global:
-        return _ops.dispatch(*operands, spec=spec, forward=forward)
-    kinds = tuple(
-        "scalar" if value.ndim == 1 else "scale" if i else "hidden"
-        for i, value in enumerate(operands[:-1])
+    return _run_global(
+        _ops.plan, spec, ("pair",), (*_PLAN, "row", "expert", "expert", "one"), topk_idx
     )
-    results = tuple("row" if kind == "scalar" else f"row_{kind}" for kind in kinds)
-    op = functools.partial(_ops.dispatch, forward=forward)
-    return _run_global(op, spec, (*kinds, "row"), results, *operands)
 
 
-def combine(*operands, spec: Spec, kinds: tuple[str, ...]):
-    """`_ops.combine` in the view of `spec`."""
+def dispatch(values: dict, plan: Plan, *, spec: Spec, wire: Wire = _COPY, forward: bool):
+    """`_ops.dispatch` in the view of `spec`; values named tokens, scales, scalars, in this order.
+
+    Returns rows named alike; with a quantising wire also scales.
+    """
+    kinds = tuple(values)
+    op = functools.partial(_ops.dispatch, wire=wire, kinds=kinds, forward=forward)
+    with_scales = "scales" in kinds or wire.kind == "quantized"
+    names = ["tokens", *(["scales"] if with_scales else []), *(["scalars"] * ("scalars" in kinds))]
+    operands = (*values.values(), *plan.arrays())
     if not spec.is_global:
-        return _ops.combine(*operands, spec=spec, kinds=kinds)
-    takes = {"rows": "row_hidden", "weights": "row", "scalars": "row"}
-    gives = {"rows": "hidden", "scalars": "scalar"}
-    results = tuple(gives[kind] for kind in kinds if kind in gives)
+        rows = op(*operands, spec=spec)
+    else:
+        rows = _run_global(
+            op,
+            spec,
+            (*(_VALUES[kind] for kind in kinds), *_PLAN),
+            tuple("row" if name == "scalars" else f"row_{_VALUES[name]}" for name in names),
+            *operands,
+            in_blocks=with_scales or wire.kind != "copy",
+        )
+    return dict(zip(names, rows, strict=True))
+
+
+def combine(values: dict, plan: Plan, *, spec: Spec):
+    """`_ops.combine` in the view of `spec`; values named rows, weights, scalars, in this order.
+
+    Returns tokens named "rows" and scalars of pairs named "scalars", as far as given.
+    """
+    kinds = tuple(values)
     op = functools.partial(_ops.combine, kinds=kinds)
-    operand_kinds = (*(takes[kind] for kind in kinds), "row", "source")
-    return _run_global(op, spec, operand_kinds, results, *operands)
+    operands = (*values.values(), *plan.arrays())
+    names = [kind for kind in kinds if kind != "weights"]
+    if not spec.is_global:
+        results = op(*operands, spec=spec)
+    else:
+        gives = {"rows": "hidden", "scalars": "scalar"}
+        results = _run_global(
+            op,
+            spec,
+            (*(_ROWS[kind] for kind in kinds), *_PLAN),
+            tuple(gives[name] for name in names),
+            *operands,
+        )
+    return dict(zip(names, results, strict=True))
 
 
 # The dimensions of each kind of array in the sharding rule. Only g (the rank) and the hidden size
@@ -64,6 +94,7 @@ _DIMENSIONS = {
     "row_hidden": "g r H",
     "row_scale": "g r s",
     "source": "g u k",
+    "slot": "g u",
     "expert": "g l",
     "one": "g o",
 }
@@ -71,8 +102,11 @@ _FLAT = ("pair", "scalar", "hidden", "scale")
 _HIDDEN = ("hidden", "scale", "row_hidden", "row_scale")
 
 
-def _run_global(op, spec: Spec, kinds, result_kinds, *operands):
-    """Run one rank's `op` on every rank's block of global operands."""
+def _run_global(op, spec: Spec, kinds, result_kinds, *operands, in_blocks: bool = False):
+    """Run one rank's `op` on every rank's block of global operands.
+
+    `in_blocks`: the op takes H in blocks of `SCALE_BLOCK` channels, so no shard may cut one.
+    """
     mesh = _jax_compat.context_mesh()
     on_rank = functools.partial(op, spec=dataclasses.replace(spec, groups=None, mesh_axes=()))
 
@@ -98,7 +132,7 @@ def _run_global(op, spec: Spec, kinds, result_kinds, *operands):
 
     def partition(_, operand_types, result_types):
         del result_types
-        hidden = _hidden_axes(kinds, operand_types, spec.mesh_axes)
+        hidden = _hidden_axes(kinds, operand_types, spec.mesh_axes, in_blocks)
         shardings = (
             tuple(NamedSharding(mesh, s) for s in specs(of, hidden)) for of in (result_kinds, kinds)
         )
@@ -119,7 +153,7 @@ def _partition_spec(kind: str, mesh_axes, hidden_axes) -> P:
     return P(rank_axes, *between, tuple(hidden_axes) or None)
 
 
-def _hidden_axes(kinds, types, mesh_axes) -> tuple[str, ...]:
+def _hidden_axes(kinds, types, mesh_axes, in_blocks) -> tuple[str, ...]:
     """Axes that split H of the operands as the partitioner propagated them; they may stay."""
     for kind, type_ in zip(kinds, types, strict=True):
         if kind in ("hidden", "row_hidden"):
@@ -131,14 +165,14 @@ def _hidden_axes(kinds, types, mesh_axes) -> tuple[str, ...]:
             parts = 1
             for axis in axes:
                 parts *= type_.sharding.mesh.shape[axis]
-            whole_blocks = "scale" not in kinds or type_.shape[-1] % (parts * SCALE_BLOCK) == 0
+            whole_blocks = not in_blocks or type_.shape[-1] % (parts * SCALE_BLOCK) == 0
             return axes if whole_blocks and not set(axes) & set(mesh_axes) else ()
     return ()
 
 
 def _sharding_rule(spec: Spec, kinds, result_kinds, operands) -> dict:
     """Arguments of `def_partition`: the rule as text, and the sizes inside compound factors."""
-    with_scales = "scale" in kinds
+    with_scales = "scale" in kinds or "row_scale" in result_kinds
     dims = {k: d.replace("H", "(s c)" if with_scales else "h") for k, d in _DIMENSIONS.items()}
     text = [", ".join(dims[kind] for kind in of) for of in (kinds, result_kinds)]
     rule = " -> ".join(text)

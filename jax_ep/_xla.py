@@ -29,7 +29,8 @@ def plan(topk_idx: Array, *, spec: Spec) -> tuple[Array, ...]:
     if T == 0:  # collectives refuse empty arrays
         none = jnp.full((spec.rows,), -1, jnp.int32)
         empty, zeros = jnp.zeros((0, K), jnp.int32), jnp.zeros(local, jnp.int32)
-        return empty, empty, none, empty, none, zeros, zeros, jnp.zeros(1, jnp.int32)
+        no_slot = jnp.zeros(0, jnp.int32)
+        return empty, empty, none, empty, no_slot, none, zeros, zeros, jnp.zeros(1, jnp.int32)
     me = lax.axis_index(spec.axis)
     expert = topk_idx.reshape(-1)
     named = (expert >= 0) & (expert < E)
@@ -81,8 +82,14 @@ def plan(topk_idx: Array, *, spec: Spec) -> tuple[Array, ...]:
     ascending = jnp.sort(jnp.where(here < 0, last, here), axis=-1)
     token_rows = jnp.where(ascending == last, -1, ascending)
 
+    # How many other ranks below each rank a token names: its place among the token's partials.
+    named_ranks = jnp.zeros((T, R), jnp.int32).at[jnp.arange(T)[:, None], pair_rank]
+    named_ranks = named_ranks.set(1, mode="drop", wrap_negative_indices=False).at[:, me].set(0)
+    slots = (jnp.cumsum(named_ranks, 1) - named_ranks).T
+    token_slot = lax.all_to_all(slots, spec.axis, 0, 0, tiled=True).reshape(R * T)
+
     dropped = (asked.reshape(R, local)[me] - my_kept).sum(keepdims=True)
-    plan_arrays = (pair_rank, pair_row, row_pair, token_rows)
+    plan_arrays = (pair_rank, pair_row, row_pair, token_rows, token_slot)
     return tuple(a.astype(jnp.int32) for a in (*plan_arrays, expert_ids, my_kept, my_size, dropped))
 
 

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA implementation on one GPU and on all GPUs of one process, against the reference."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import FP8, assert_matches, assert_same_bits, flat, inputs, reference, run
+from conftest import make_mesh
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_ep
+
+pytestmark = pytest.mark.gpu
+RANKS = [1, pytest.param(2, marks=pytest.mark.multi)]
+E = 16
+
+
+@pytest.fixture(params=RANKS)
+def mesh(request):
+    if len(jax.devices()) < request.param or jax.default_backend() != "gpu":
+        pytest.fail(f"expected {request.param} GPUs, got {jax.devices()}")
+    mesh = make_mesh((request.param,))
+    jax_ep.initialize(mesh, timeout_s=10.0)
+    yield mesh
+    jax_ep.check()
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """What freed buffers hold is NaN, so that an unwritten row cannot pass for a right one."""
+    poison = [jax.device_put(np.full(2**26, np.nan, np.float32), d) for d in jax.devices()]
+    jax.block_until_ready(poison)
+
+
+def random_options(rng):
+    options = dict(num_experts=E, expert_alignment=int(rng.choice([1, 1, 4, 16])))
+    options["layout"] = str(rng.choice(["ragged", "ragged", "batched"]))
+    options["zero_tail"] = bool(rng.random() < 0.3)
+    if rng.random() < 0.4 and options["layout"] == "ragged":
+        options["capacity_factor"] = float(rng.choice([0.5, 1.0, 2.0]))
+    elif rng.random() < 0.4:
+        options["capacity"] = int(rng.integers(E, 400))
+    wire = rng.choice(["none", "quantized", "dequantized"])
+    if wire != "none":
+        options.update(wire_dtype=FP8, deliver=str(wire))
+        options["scale_format"] = str(rng.choice(["float32", "e8m0"]))
+    return options
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_matches_the_reference(mesh, seed):
+    rng = np.random.default_rng(seed)
+    options = random_options(rng)
+    sizes = dict(
+        R=mesh.size,
+        T=int(rng.choice([1, 3, 33, 130, 512])),
+        H=int(rng.choice([128, 256, 1024])),
+        K=int(rng.choice([1, 2, 8, 20])),
+        E=E,
+        dtype=str(rng.choice(["bfloat16", "float16", "float32"])),
+    )
+    x, idx, weights = inputs(
+        seed,
+        **sizes,
+        none=float(rng.choice([0, 0.3])),
+        skew=float(rng.choice([0, 0.5])),
+        duplicates=bool(rng.random() < 0.2),
+    )
+    weights = None if rng.random() < 0.2 else weights
+    got = run(x, idx, weights, mesh=mesh, implementation="cuda", **options)
+    want = reference(x, idx, weights, **{k: v for k, v in options.items() if k != "zero_tail"})
+    assert_matches(got, want, layout=options["layout"], whole=options["zero_tail"])
+
+
+def test_quantized_input(mesh):
+    x, idx, weights = inputs(3, R=mesh.size, T=64, H=512, K=4, E=E, dtype="bfloat16")
+    pair = jax_ep.reference.quantize(x)
+    options = dict(num_experts=E, deliver="quantized")
+    got = run(pair, idx, weights, mesh=mesh, implementation="cuda", **options)
+    assert_matches(got, reference(pair, idx, weights, **options), whole=False)
+
+
+def test_more_sms_give_the_same_bits(mesh):
+    x, idx, weights = inputs(4, R=mesh.size, T=300, H=1024, K=8, E=E, dtype="bfloat16")
+    want = reference(x, idx, weights, num_experts=E)
+    for num_sms in (1, 2, 7, 132):
+        config = jax_ep.Config(num_sms=num_sms)
+        got = run(x, idx, weights, mesh=mesh, implementation="cuda", config=config, num_experts=E)
+        assert_matches(got, want, whole=False)
+
+
+def layer(x, idx, weights, implementation, **options):
+    d = jax_ep.dispatch(x, idx, weights, num_experts=E, implementation=implementation, **options)
+    y = jnp.where((d.expert_ids >= 0)[:, None], d.tokens * 2, 0)
+    return jax_ep.combine(y, d.handle, weights=d.weights)
+
+
+def mapped(mesh, implementation, **options):
+    f = lambda *a: layer(*a, implementation, **options)
+    return jax.shard_map(f, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+
+
+@pytest.fixture
+def data(mesh):
+    x, idx, weights = inputs(5, R=mesh.size, T=96, H=256, K=4, E=E)
+    put = lambda a: jax.device_put(flat(a), NamedSharding(mesh, P("expert")))
+    return put(x), put(idx), put(weights)
+
+
+def test_gradients_equal_those_of_xla(mesh, data):
+    x, idx, weights = data
+    got, want = (
+        jax.jit(jax.value_and_grad(lambda x, w: (f(x, idx, w) ** 2).sum(), (0, 1)))(x, weights)
+        for f in (mapped(mesh, "cuda"), mapped(mesh, "xla"))
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), got, want)
+
+
+def test_loops_with_changing_routing(mesh, data):
+    x, idx, weights = data
+
+    def loop(implementation):
+        f = mapped(mesh, implementation, expert_alignment=4)
+
+        def step(i, x):
+            return f(x, (idx + i) % E, weights) / 4
+
+        return jax.jit(lambda x: lax.fori_loop(0, 60, step, x))(x)
+
+    assert_same_bits("loop", loop("cuda"), np.asarray(loop("xla")))
+
+
+def test_scan_remat_and_gradient(mesh, data):
+    x, idx, weights = data
+
+    def loss(implementation, x):
+        f = jax.checkpoint(mapped(mesh, implementation))
+        step = lambda h, i: (f(h, (idx + i) % E, weights) / 4, None)
+        return (lax.scan(step, x, jnp.arange(4))[0] ** 2).sum()
+
+    got, want = (jax.jit(jax.grad(lambda x, i=i: loss(i, x)))(x) for i in ("cuda", "xla"))
+    np.testing.assert_allclose(got, want, rtol=2e-6)
+
+
+def test_many_runs_give_the_same_bits(mesh, data):
+    f = jax.jit(mapped(mesh, "cuda"))
+    first = np.asarray(f(*data))
+    for _ in itertools.repeat(None, 200):
+        out = f(*data)
+    assert_same_bits("again", out, first)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+def test_global_view(mesh, axis_type):
+    mesh = make_mesh((mesh.size,), axis_type=axis_type)
+    x, idx, weights = inputs(6, R=mesh.size, T=32, H=256, K=4, E=E)
+    with jax.set_mesh(mesh):
+        on = [jax.device_put(flat(a), NamedSharding(mesh, P("expert"))) for a in (x, idx, weights)]
+
+        def f(x, idx, weights):
+            d = jax_ep.dispatch(x, idx, weights, num_experts=E, implementation="cuda")
+            return d, jax_ep.combine(d.tokens, d.handle, weights=d.weights)
+
+        got = jax.jit(f)(*on)
+    assert_matches(got, reference(x, idx, weights, num_experts=E), whole=False)
+
+
+def test_vmap(mesh, data):
+    both = [jnp.stack([a, a[::-1]], 1) for a in data]
+    f = jax.shard_map(
+        lambda *a: jax.vmap(lambda *b: layer(*b, "cuda"), in_axes=1, out_axes=1)(*a),
+        mesh=mesh,
+        in_specs=P("expert"),
+        out_specs=P("expert"),
+    )
+    out = jax.jit(f)(*both)
+    assert_same_bits("first", out[:, 0], np.asarray(mapped(mesh, "xla")(*data)))
+
+
+def test_bad_routing_is_an_error_and_initialize_recovers(mesh, data):
+    x, idx, weights = data
+    f = jax.jit(mapped(mesh, "cuda"))
+    want = np.asarray(f(*data))
+    said = f"topk_idx {E + 5}, expected -1 to {E - 1}"
+    try:  # a later call of the program may find it first
+        out = f(x, idx.at[0, 0].set(E + 5), weights)
+        assert np.isnan(np.asarray(out)).any()
+    except jax.errors.JaxRuntimeError as error:
+        assert said in str(error)
+    with pytest.raises(RuntimeError, match=said):
+        jax_ep.check()
+    with pytest.raises(jax.errors.JaxRuntimeError, match="initialize"):
+        jax.block_until_ready(f(*data))
+    jax_ep.initialize(mesh, timeout_s=10.0)
+    assert_same_bits("again", f(*data), want)
+
+
+def test_without_initialize(data, mesh):
+    jax_ep.finalize()
+    f = jax.jit(mapped(mesh, "cuda"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="call jax_ep.initialize"):
+        jax.block_until_ready(f(*data))
+    jax_ep.initialize(mesh, timeout_s=10.0)
