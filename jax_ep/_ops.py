@@ -60,7 +60,7 @@ def _lower(rules, name, platform, ctx, *operands, spec: Spec, **params):
 
 
 def _choose(name: str, platform: str | None, spec: Spec) -> str:
-    """ "cuda" or "xla" for one operation on one platform; never a silent replacement."""
+    """Which of "cuda" and "xla" serves one operation on a platform; never a silent replacement."""
     if spec.implementation == "xla" or (spec.implementation is None and platform != "cuda"):
         return "xla"
     if platform != "cuda":

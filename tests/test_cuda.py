@@ -114,10 +114,12 @@ def data(mesh):
 
 def test_gradients_equal_those_of_xla(mesh, data):
     x, idx, weights = data
-    got, want = (
-        jax.jit(jax.value_and_grad(lambda x, w: (f(x, idx, w) ** 2).sum(), (0, 1)))(x, weights)
-        for f in (mapped(mesh, "cuda"), mapped(mesh, "xla"))
-    )
+    def grads(implementation):
+        f = mapped(mesh, implementation)
+        loss = lambda x, w: (f(x, idx, w) ** 2).sum()
+        return jax.jit(jax.value_and_grad(loss, (0, 1)))(x, weights)
+
+    got, want = grads("cuda"), grads("xla")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), got, want)
 
 
