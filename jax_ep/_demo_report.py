@@ -62,11 +62,10 @@ class Progress:
         reached, before = int(20 * min(fraction, 1.0)), self.part
         self.part = reached
         if self.redraws or reached > before:
-            imbalance = history.recent_load().max(-1)
             line = (
-                f"[{'#' * reached:-<20}] {min(fraction, 1):4.0%} {elapsed_s:4.0f} s  "
+                f"[{'#' * (reached // 2):-<10}] {min(fraction, 1):4.0%} {elapsed_s:3.0f} s  "
                 f"step {history.steps:<5} loss {np.mean(history.losses[-RECENT:]):.3f}  "
-                f"{rate:,.0f} tokens/s  imbalance {' '.join(f'{i:.2f}' for i in imbalance)}"
+                f"{rate:,.0f} tokens/s  imbalance {history.recent_load().max():.2f}"
             )
             if self.redraws:
                 line = f"\r{line[: shutil.get_terminal_size().columns - 1]}\x1b[K"
@@ -155,7 +154,7 @@ def plot(path: str, history: History, unigram: float, criterion: float) -> None:
     )
     bar.set_label("load / equal share")
     figure.suptitle(
-        f"jax_ep demo: a byte-level MoE transformer on {jax.device_count()} devices\n", fontsize=14
+        f"jax_ep demo: a byte-level MoE transformer on {jax.device_count()} devices", fontsize=13
     )
     figure.savefig(path, format="png", dpi=120)
 

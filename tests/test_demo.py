@@ -67,7 +67,7 @@ def test_a_short_run_from_anywhere(tmp_path):
     for words in (
         "8 x host devices",
         "unigram entropy",
-        "[####################] 100%",
+        "[##########] 100%",
         "tokens/s",
         "not judged: the run was cut short",
         "after 3 steps",
