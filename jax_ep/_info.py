@@ -19,8 +19,8 @@ def facts() -> dict:
     missing = []
     if not build["extension"]:
         missing.append(f"compiled extension: {build['missing']}")
-    if not build.get("cuda"):
-        missing.append("CUDA kernels: not in this build")
+    if not _ffi.has_cuda():
+        missing.append("CUDA kernels: not in this build, which found no nvcc")
     return {
         "jax_ep": jax_ep.__version__,
         "python": platform.python_version(),
@@ -28,9 +28,19 @@ def facts() -> dict:
         "jaxlib": metadata.version("jaxlib"),
         "build": build,
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in devices],
-        "implementations": ["xla"],
+        "implementations": [*(["cuda"] if _ffi.has_cuda() else []), "xla"],
+        "control_block": control_block(num_ranks=max(2, len(devices))),
+        "groups": _ffi.describe_groups(),
         "missing": missing,
     }
+
+
+def control_block(num_ranks: int) -> list[str]:
+    """The memory that each rank of a group of `num_ranks` keeps for its peers, field by field."""
+    fields = _ffi.control_layout(num_ranks)
+    lines = [f"{name}: {size} bytes at {at}, by {writer}" for name, writer, at, size in fields]
+    total = sum(size for _, _, _, size in fields)
+    return [f"{total} bytes on each of {num_ranks} ranks", *lines] if fields else []
 
 
 def main(as_json: bool) -> int:
@@ -43,6 +53,6 @@ def main(as_json: bool) -> int:
         if isinstance(value, dict):
             value = ", ".join(f"{k} {v}" for k, v in value.items())
         elif isinstance(value, list):
-            value = "; ".join(value) or "-"
+            value = ("\n" + " " * 18).join(value) or "-"
         print(f"{key:>16}  {value}")
     return 0
