@@ -2,12 +2,15 @@
 """The portable implementation, in JAX's own collectives; runs inside `shard_map` on any platform.
 
     plan      sort my pairs by expert; all-gather the counts and the orders; the rest is arithmetic
-    dispatch  all-gather the tokens (a padded all-to-all whose blocks are all alike), take my rows
+    dispatch  all-gather the tokens (a padded all-to-all whose blocks are all alike), take my rows;
+              some columns at a time
     combine   sum a token's rows into a partial; all-to-all the partials; sum in rank order;
               in at most eight blocks of tokens, so that the partials in flight stay small
 
 Memory is linear in the tokens and rows that move; there is no one-hot and no mask of pairs by rows.
 """
+
+import functools
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -15,11 +18,13 @@ from jax import Array, lax
 from . import _jax_compat
 from ._types import Spec
 
-# combine works on the tokens in pieces, to keep them in cache and off the allocator; sizes are of
-# float32 sums, measured in docs/performance.md.
-_BLOCKS = 8  # at most, each with one all-to-all
-_BLOCK_BYTES = 2**21  # at least, over all ranks
-_CHUNK_BYTES = 2**18  # added up at a time
+# Work is done in pieces, to keep temporaries in cache and small (docs/performance.md).
+_GATHERS = 4  # of dispatch, at most: all-gathers, each of some columns
+_GATHER_BYTES = 2**23  # from which on there are several
+_LANES = 128  # columns of a piece are a multiple
+_BLOCKS = 8  # of combine, at most: blocks of tokens, each with one all-to-all
+_BLOCK_BYTES = 2**21  # at least, of float32 sums over all ranks
+_CHUNK_BYTES = 2**18  # of float32 sums added up at a time
 
 
 def plan(topk_idx: Array, *, spec: Spec) -> tuple[Array, ...]:
@@ -137,16 +142,39 @@ def dispatch(values: tuple[Array, ...], row_pair: Array, *, spec: Spec) -> tuple
     """
     rows = []
     for value in values:
-        index = row_pair if value.ndim == 1 else row_pair // spec.top_k
-        owned = (row_pair >= 0).reshape(-1, *(1,) * (value.ndim - 1))
         if spec.num_tokens == 0:
             rows.append(jnp.zeros((spec.rows, *value.shape[1:]), value.dtype))
             continue
-        source = lax.all_gather(_bits(value), spec.axis, tiled=True)
-        taken = source.at[jnp.maximum(index, 0)].get(mode="promise_in_bounds")
-        taken = jnp.where(owned, taken, jnp.zeros((), taken.dtype))
-        rows.append(_from_bits(taken, value.dtype))
+        index = row_pair if value.ndim == 1 else row_pair // spec.top_k
+        owned = (row_pair >= 0).reshape(-1, *(1,) * (value.ndim - 1))
+        take = functools.partial(_take_rows, index=index, owned=owned, spec=spec)
+        rows.append(_from_bits(_by_columns(take, _bits(value), spec), value.dtype))
     return tuple(rows)
+
+
+def _take_rows(value: Array, *, index: Array, owned: Array, spec: Spec) -> Array:
+    """My rows of everybody's `value`; zero where not owned."""
+    source = lax.all_gather(value, spec.axis, tiled=True)
+    taken = source.at[jnp.maximum(index, 0)].get(mode="promise_in_bounds")
+    return jnp.where(owned, taken, jnp.zeros((), taken.dtype))
+
+
+def _by_columns(take, value: Array, spec: Spec) -> Array:
+    """`take(value)`, some columns at a time where all would gather too many bytes at once."""
+    gathered = spec.num_ranks * value.size * value.dtype.itemsize
+    pieces = min(_GATHERS, -(-gathered // _GATHER_BYTES))
+    columns = value.shape[-1]
+    size = -(-columns // (pieces * _LANES)) * _LANES
+    if value.ndim == 1 or size >= columns:
+        return take(value)
+
+    def piece(c, out):
+        first = jnp.minimum(c * size, columns - size)  # the last piece may repeat some columns
+        taken = take(lax.dynamic_slice_in_dim(value, first, size, 1))
+        return lax.dynamic_update_slice_in_dim(out, taken, first, 1)
+
+    start = _zeros(value, (spec.rows, columns), value.dtype)
+    return lax.fori_loop(0, -(-columns // size), piece, start)
 
 
 def combine(y: Array, weights: Array | None, token_rows: Array, *, spec: Spec) -> Array:
