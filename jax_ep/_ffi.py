@@ -7,7 +7,8 @@ import importlib.util
 import jax
 
 NOT_BUILT = (
-    "not built: `pip install` found no working C++ compiler, or this checkout was never installed"
+    "not built: `pip install` found no working C++ compiler or the build failed (`pip install -v` "
+    "shows it), or this checkout was never installed"
 )
 
 try:
@@ -46,9 +47,34 @@ def plan_scratch_words(num_ranks: int, num_experts: int, num_tokens: int, top_k:
     return _ext.plan_scratch_words(num_ranks, num_experts, num_tokens, top_k)
 
 
-def initialize_groups(signature: str, devices: list[list[int]], timeout_s: float) -> None:
-    """Make or restart the groups of one signature, one for each list of CUDA devices."""
-    _ext.initialize_groups(signature, devices, timeout_s)
+def make_group(key: str, devices: list[int]) -> bool:
+    """Make the group `key`: the CUDA device of each rank, -1 for ranks of other processes."""
+    return _ext.make_group(key, devices)
+
+
+def export_rank(key: str, rank: int, in_pool: int) -> tuple[int, int, int, int]:
+    """Descriptor and bytes of a rank's control block, and of the memory around `in_pool`."""
+    return _ext.export_rank(key, rank, in_pool)
+
+
+def attach_rank(key: str, rank: int, control: tuple[int, int], pool: tuple[int, int]) -> None:
+    """Map a rank of another process: descriptor and bytes of its control block and memory."""
+    _ext.attach_rank(key, rank, *control, *pool)
+
+
+def start_group(signature: str, key: str, generation: int, timeout_s: float, sharing: int) -> None:
+    """Start a generation of the group `key`; `sharing` of its ranks are on one GPU."""
+    _ext.start_group(signature, key, generation, timeout_s, sharing)
+
+
+def is_broken(signature: str) -> bool:
+    """Whether a rank of this process failed, or was told of a failure, in these groups."""
+    return _ext.is_broken(signature)
+
+
+def device_bus_id(device: int) -> str:
+    """PCI bus id of a CUDA device: the same in every process."""
+    return _ext.device_bus_id(device)
 
 
 def finalize_groups() -> None:

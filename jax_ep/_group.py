@@ -8,13 +8,15 @@ on GPUs.
 
 import math
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from . import _ffi
+from . import _ffi, _rendezvous
 from ._check import axis_tuple
 
 _groups: dict[str, Mesh] = {}
+_generation: dict[str, int] = {}  # of each group's devices, counted alike in every process
 
 
 def signature(mesh, axes: tuple[str, ...]) -> str:
@@ -58,24 +60,37 @@ def initialize(mesh: Mesh, axis_name="expert", *, timeout_s: float = 60.0) -> No
             "Call jax_ep.finalize() first."
         )
     on_gpus = all(d.platform in ("gpu", "cuda") for d in mesh.devices.flat)
-    if on_gpus and _ffi.has_cuda() and (known is None or _ffi.describe_faults()):
-        _ffi.initialize_groups(name, _device_lists(mesh, axes), timeout_s)
+    if on_gpus and _ffi.has_cuda() and (known is None or _ffi.is_broken(name)):
+        _start(name, _groups_of(mesh, axes), float(timeout_s))
     _groups[name] = mesh
 
 
-def _device_lists(mesh: Mesh, axes: tuple[str, ...]) -> list[list[int]]:
-    """CUDA devices of each group, in rank order."""
+def _groups_of(mesh: Mesh, axes: tuple[str, ...]) -> list[list[jax.Device]]:
+    """Devices of each group along `axes`, in rank order."""
     others = [axis for axis in mesh.axis_names if axis not in axes]
     order = [mesh.axis_names.index(axis) for axis in (*others, *axes)]
     num_ranks = math.prod(mesh.shape[axis] for axis in axes)
-    groups = np.transpose(mesh.devices, order).reshape(-1, num_ranks)
-    processes = {d.process_index for d in mesh.devices.flat}
-    if len(processes) > 1:
-        raise ValueError(
-            f"mesh: expected devices of one process, got {len(processes)} processes. Groups across "
-            "processes are not implemented for CUDA yet; implementation='xla' works."
-        )
-    return [[d.local_hardware_id for d in group] for group in groups]
+    return np.transpose(mesh.devices, order).reshape(-1, num_ranks).tolist()
+
+
+def _start(name: str, groups: list[list[jax.Device]], timeout_s: float) -> None:
+    """Make or restart every group that has a device of this process."""
+    me = jax.process_index()
+    for group in groups:
+        if all(d.process_index != me for d in group):
+            continue
+        key = ",".join(str(d.id) for d in group)
+        devices = [d.local_hardware_id if d.process_index == me else -1 for d in group]
+        _generation[key] = _generation.get(key, 0) + 1
+        is_new = _ffi.make_group(key, devices)
+        if -1 not in devices:
+            _ffi.start_group(name, key, _generation[key], timeout_s, 1)
+        else:
+            meeting = _rendezvous.Meeting(f"{key}/{_generation[key]}", group, timeout_s)
+            sharing = _rendezvous.share_memory(meeting, key, devices, attach=is_new)
+            meeting.barrier("attached")
+            _ffi.start_group(name, key, _generation[key], timeout_s, sharing)
+            meeting.barrier("started")  # nobody's kernel runs before every block is zero
 
 
 def finalize() -> None:

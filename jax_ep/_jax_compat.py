@@ -3,6 +3,7 @@
 
 import jax
 from jax import lax
+from jax._src import distributed
 from jax.sharding import AxisType
 
 
@@ -37,3 +38,8 @@ def partition_of(x) -> list[tuple[str, ...]]:
     spec = tuple(jax.typeof(x).sharding.spec)
     spec += (None,) * (x.ndim - len(spec))
     return [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
+
+
+def key_value_client():
+    """The key-value store of `jax.distributed.initialize`; None before it."""
+    return distributed.global_state.client

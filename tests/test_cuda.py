@@ -114,6 +114,7 @@ def data(mesh):
 
 def test_gradients_equal_those_of_xla(mesh, data):
     x, idx, weights = data
+
     def grads(implementation):
         f = mapped(mesh, implementation)
         loss = lambda x, w: (f(x, idx, w) ** 2).sum()

@@ -106,7 +106,9 @@ class Signature {
     for (int i = 0; i < 8; ++i) hash_ = (hash_ ^ (v >> (8 * i) & 0xff)) * 1099511628211ull;
     return *this;
   }
-  uint32_t value() const { return static_cast<uint32_t>(hash_ ^ hash_ >> 24 ^ hash_ >> 48) & 0xffffff; }
+  uint32_t value() const {
+    return static_cast<uint32_t>(hash_ ^ hash_ >> 24 ^ hash_ >> 48) & 0xffffff;
+  }
 
  private:
   uint64_t hash_ = 14695981039346656037ull;

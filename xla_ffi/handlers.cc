@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The FFI handlers: decode and check the call, find the group, launch. Nothing here allocates device
-// memory, synchronises, or waits; a failure that the device has recorded is returned as an error.
+// The FFI handlers: decode and check the call, find the group, launch. Nothing here allocates
+// device memory, synchronises, or waits; a failure that the device has recorded is returned as an
+// error.
 #include "handlers.h"
 
 #include <algorithm>
@@ -42,7 +43,7 @@ bool element_of(ffi::DataType type, Element* out) {
 int bytes_of(Element e) { return e == Element::kF32 ? 4 : e == Element::kFp8 ? 1 : 2; }
 
 // The rank that this device is, and the header of its parameters.
-bool enter(const Attributes& a, Operation operation, Checker& checker, Call* call, Group** group) {
+bool enter(const Attributes& a, Operation operation, Checker& checker, Call* call, Member* out) {
   int device = -1;
   if (cudaGetDevice(&device) != cudaSuccess) {
     checker.fail("no current CUDA device");
@@ -50,9 +51,10 @@ bool enter(const Attributes& a, Operation operation, Checker& checker, Call* cal
   }
   const Member member = find_member(a.group, device);
   if (member.group == nullptr) {
-    checker.fail("no group '" + std::string(a.group) + "' with GPU " + std::to_string(device) +
-                 ": call jax_ep.initialize(mesh, axis_name) with the mesh that the program runs on, "
-                 "before it runs");
+    checker.fail(
+        "no group '" + std::string(a.group) + "' with GPU " + std::to_string(device) +
+        ": call jax_ep.initialize(mesh, axis_name) with the mesh that the program runs on, "
+        "before it runs");
     return false;
   }
   if (member.group->num_ranks() != a.exchange.num_ranks) {
@@ -67,7 +69,7 @@ bool enter(const Attributes& a, Operation operation, Checker& checker, Call* cal
   }
   call->peers = member.group->peers(member.rank);
   call->operation = operation;
-  *group = member.group;
+  *out = member;
   return true;
 }
 
@@ -75,15 +77,22 @@ Signature signature_of(const Attributes& a, Operation operation) {
   const Exchange& x = a.exchange;
   Signature s;
   s.add(static_cast<int>(operation)).add(a.num_sms);
-  for (int v : {x.num_ranks, x.num_experts, x.num_tokens, x.top_k, x.num_rows, x.alignment, x.batched}) {
+  for (int v :
+       {x.num_ranks, x.num_experts, x.num_tokens, x.top_k, x.num_rows, x.alignment, x.batched}) {
     s.add(v);
   }
   return s;
 }
 
-void lend(const Group& group, Call* call, int slot, const void* data, size_t bytes) {
+void lend(const Member& member, Call* call, int slot, const void* data, size_t bytes,
+          Checker& checker) {
   if (data == nullptr) return;
-  call->lent.output[slot] = group.locate(data);
+  if (!member.group->locate(member.rank, data, &call->lent.output[slot])) {
+    checker.fail(
+        "a result lies outside the memory that other processes have mapped: expected XLA's "
+        "default allocator with preallocation (XLA_PYTHON_CLIENT_ALLOCATOR and "
+        "XLA_PYTHON_CLIENT_PREALLOCATE unset) in every process");
+  }
   call->lent.bytes[slot] = bytes;
 }
 
@@ -92,10 +101,12 @@ ffi::Error launched(cudaError_t error, const char* operation) {
   return ffi::Error::Internal(std::string(operation) + ": " + cudaGetErrorString(error));
 }
 
-Launch launch_of(const Attributes& a, cudaStream_t stream) {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+// On all SMs by default; ranks that share a GPU share them, as their kernels wait for each other.
+Launch launch_of(const Attributes& a, const Member& member, cudaStream_t stream) {
+  int count = 0;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount,
+                         member.group->devices()[member.rank]);
+  count = std::max(1, count / member.group->ranks_per_device());
   return Launch{a.num_sms == 0 ? count : std::min(a.num_sms, count), stream, 0};
 }
 
@@ -129,10 +140,11 @@ ffi::Error plan(cudaStream_t stream, const Attributes& a, ffi::RemainingArgs arg
   p.num_dropped = buffers.result<int32_t>("num_dropped", kInt, {1});
   p.scratch = buffers.result<int32_t>("scratch", kInt, {int64_t(plan_scratch_words(x))});
   buffers.finish();
-  Group* group = nullptr;
-  if (!checker.ok() || !enter(a, Operation::kPlan, checker, &p.call, &group)) return checker.error();
+  Member member;
+  if (!checker.ok() || !enter(a, Operation::kPlan, checker, &p.call, &member))
+    return checker.error();
   p.call.signature = signature_of(a, Operation::kPlan).value();
-  return launched(launch_plan(&p, x, launch_of(a, stream)), "jax_ep_plan");
+  return launched(launch_plan(&p, x, launch_of(a, member, stream)), "jax_ep_plan");
 }
 
 ffi::Error dispatch(cudaStream_t stream, const Attributes& a, int64_t wire, bool power_of_two,
@@ -174,15 +186,18 @@ ffi::Error dispatch(cudaStream_t stream, const Attributes& a, int64_t wire, bool
   if (p.row_bytes % 16 != 0) {
     checker.fail("x: expected rows of a multiple of 16 bytes, got " + std::to_string(p.row_bytes));
   }
-  Group* group = nullptr;
-  if (!checker.ok() || !enter(a, Operation::kDispatch, checker, &p.call, &group)) return checker.error();
-  lend(*group, &p.call, 0, p.rows, size_t(rows) * p.row_bytes);
-  lend(*group, &p.call, 1, p.row_scales, size_t(rows) * S * sizeof(float));
-  lend(*group, &p.call, 2, p.row_scalars, size_t(rows) * sizeof(float));
+  Member member;
+  if (!checker.ok() || !enter(a, Operation::kDispatch, checker, &p.call, &member))
+    return checker.error();
+  lend(member, &p.call, 0, p.rows, size_t(rows) * p.row_bytes, checker);
+  lend(member, &p.call, 1, p.row_scales, size_t(rows) * S * sizeof(float), checker);
+  lend(member, &p.call, 2, p.row_scalars, size_t(rows) * sizeof(float), checker);
+  if (!checker.ok()) return checker.error();
   Signature s = signature_of(a, Operation::kDispatch);
   s.add(H).add(static_cast<int>(type)).add(wire).add(power_of_two).add(has_scales).add(has_scalars);
   p.call.signature = s.value();
-  return launched(launch_dispatch(&p, element, how, p.hidden, launch_of(a, stream)), "jax_ep_dispatch");
+  return launched(launch_dispatch(&p, element, how, p.hidden, launch_of(a, member, stream)),
+                  "jax_ep_dispatch");
 }
 
 ffi::Error combine(cudaStream_t stream, const Attributes& a, bool has_rows, bool has_weights,
@@ -194,7 +209,8 @@ ffi::Error combine(cudaStream_t stream, const Attributes& a, bool has_rows, bool
   ffi::DataType type = kFloat;
   int64_t H = 0;
   Element element = Element::kF32;
-  if (has_rows && (!buffers.peek(0, &type, &H) || !element_of(type, &element) || element == Element::kFp8)) {
+  if (has_rows &&
+      (!buffers.peek(0, &type, &H) || !element_of(type, &element) || element == Element::kFp8)) {
     checker.fail("y: expected bf16, f16 or f32");
     return checker.error();
   }
@@ -218,14 +234,16 @@ ffi::Error combine(cudaStream_t stream, const Attributes& a, bool has_rows, bool
   if (row_bytes % 16 != 0) {
     checker.fail("y: expected rows of a multiple of 16 bytes, got " + std::to_string(row_bytes));
   }
-  Group* group = nullptr;
-  if (!checker.ok() || !enter(a, Operation::kCombine, checker, &p.call, &group)) return checker.error();
-  lend(*group, &p.call, 0, p.partials, size_t(T) * slots * row_bytes);
-  lend(*group, &p.call, 1, p.scalars, size_t(T) * K * sizeof(float));
+  Member member;
+  if (!checker.ok() || !enter(a, Operation::kCombine, checker, &p.call, &member))
+    return checker.error();
+  lend(member, &p.call, 0, p.partials, size_t(T) * slots * row_bytes, checker);
+  lend(member, &p.call, 1, p.scalars, size_t(T) * K * sizeof(float), checker);
+  if (!checker.ok()) return checker.error();
   Signature s = signature_of(a, Operation::kCombine);
   s.add(H).add(static_cast<int>(type)).add(has_rows).add(has_weights).add(has_scalars);
   p.call.signature = s.value();
-  return launched(launch_combine(&p, element, launch_of(a, stream)), "jax_ep_combine");
+  return launched(launch_combine(&p, element, launch_of(a, member, stream)), "jax_ep_combine");
 }
 
 // Attributes come one by one and in no order; these bindings and the functions below agree on one.

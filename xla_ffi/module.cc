@@ -46,18 +46,46 @@ NB_MODULE(_ext, m) {
   m.doc() = "Compiled part of jax_ep.";
   m.def("build_facts", &build_facts, "Version, compiler and CUDA version of this build.");
 #ifdef JAX_EP_CUDA
-  m.def("handlers", [] {
-    nb::dict all;
-    for (const auto& [name, address] : jax_ep::handlers()) all[name] = nb::capsule(address);
-    return all;
-  }, "Name and capsule of every FFI handler.");
-  m.def("plan_scratch_words", [](int num_ranks, int num_experts, int num_tokens, int top_k) {
-    return jax_ep::plan_scratch_words({num_ranks, num_experts, num_tokens, top_k, 0, 1, 0});
-  }, "32-bit words of the plan's scratch result.");
-  m.def("initialize_groups", &jax_ep::initialize_groups, nb::call_guard<nb::gil_scoped_release>(),
-        "Make or restart the groups of one signature: one for each list of CUDA devices.");
+  m.def(
+      "handlers",
+      [] {
+        nb::dict all;
+        for (const auto& [name, address] : jax_ep::handlers()) all[name] = nb::capsule(address);
+        return all;
+      },
+      "Name and capsule of every FFI handler.");
+  m.def(
+      "plan_scratch_words",
+      [](int num_ranks, int num_experts, int num_tokens, int top_k) {
+        return jax_ep::plan_scratch_words({num_ranks, num_experts, num_tokens, top_k, 0, 1, 0});
+      },
+      "32-bit words of the plan's scratch result.");
+  const auto no_gil = nb::call_guard<nb::gil_scoped_release>();
+  m.def("make_group", &jax_ep::make_group, no_gil,
+        "Make the group `key`: the CUDA device of each rank, -1 for ranks of other processes.");
+  m.def(
+      "export_rank",
+      [](const std::string& key, int rank, uint64_t in_pool) {
+        const jax_ep::ExportedRank e = jax_ep::export_rank(key, rank, in_pool);
+        return nb::make_tuple(e.control.fd, e.control.range.bytes, e.pool.fd, e.pool.range.bytes);
+      },
+      "Descriptor and bytes of a rank's control block, and of the memory around `in_pool`.");
+  m.def("attach_rank", &jax_ep::attach_rank, no_gil, "Map what another process exported.");
+  m.def("start_group", &jax_ep::start_group, no_gil,
+        "Start a generation of the group `key`, in use under `signature`.");
+  m.def("is_broken", &jax_ep::is_broken, no_gil,
+        "Whether a rank here failed or knows of a failure.");
+  m.def(
+      "device_bus_id",
+      [](int device) {
+        char id[32];
+        jax_ep::require(cudaDeviceGetPCIBusId(id, sizeof id, device), "cudaDeviceGetPCIBusId");
+        return std::string(id);
+      },
+      "PCI bus id of a CUDA device: the same in every process.");
   m.def("finalize_groups", &jax_ep::finalize_groups, "Take all groups out of use.");
-  m.def("describe_faults", &jax_ep::describe_faults, "What went wrong first; empty if nothing did.");
+  m.def("describe_faults", &jax_ep::describe_faults,
+        "What went wrong first; empty if nothing did.");
   m.def("describe_groups", &jax_ep::describe_groups, "One line for each group.");
   m.def("control_layout", &control_layout, "Name, writer, offset and bytes of each control field.");
 #endif

@@ -4,19 +4,27 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
+#include <stdexcept>
 
 namespace jax_ep {
 namespace {
 
 struct Entry {
-  std::vector<Group*> groups;
+  std::set<Group*> groups;
   std::map<int, Member> by_device;
 };
 
 struct Registry {
   std::mutex mutex;
-  std::map<std::vector<int>, std::unique_ptr<Group>> groups;  // by devices; never erased
-  std::map<std::string, Entry, std::less<>> in_use;           // by signature
+  std::map<std::string, std::unique_ptr<Group>> groups;  // by key; never erased
+  std::map<std::string, Entry, std::less<>> in_use;      // by signature
+
+  Group& group(const std::string& key) {
+    const auto found = groups.find(key);
+    if (found == groups.end()) throw std::runtime_error("no group " + key);
+    return *found->second;
+  }
 };
 
 Registry& registry() {
@@ -26,27 +34,58 @@ Registry& registry() {
 
 std::string join(const std::vector<int>& v) {
   std::string s;
-  for (int i : v) s += (s.empty() ? "" : ",") + std::to_string(i);
+  for (int i : v) s += (s.empty() ? "" : ",") + (i < 0 ? "elsewhere" : std::to_string(i));
   return s;
 }
 
 }  // namespace
 
-void initialize_groups(const std::string& signature, const std::vector<std::vector<int>>& devices,
-                       double timeout_s) {
+bool make_group(const std::string& key, const std::vector<int>& devices) {
   Registry& r = registry();
   const std::lock_guard<std::mutex> lock(r.mutex);
-  Entry entry;
-  for (const std::vector<int>& list : devices) {
-    std::unique_ptr<Group>& group = r.groups[list];
-    if (group == nullptr) group = std::make_unique<Group>(list);
-    group->reset(timeout_s);
-    entry.groups.push_back(group.get());
-    for (int rank = 0; rank < group->num_ranks(); ++rank) {
-      entry.by_device[list[rank]] = Member{group.get(), rank};
-    }
+  if (r.groups.count(key) != 0) return false;
+  r.groups[key] = std::make_unique<Group>(devices);
+  return true;
+}
+
+ExportedRank export_rank(const std::string& key, int rank, uint64_t in_pool) {
+  Registry& r = registry();
+  const std::lock_guard<std::mutex> lock(r.mutex);
+  Group& group = r.group(key);
+  return {group.export_control(rank),
+          group.export_pool(rank, reinterpret_cast<const void*>(in_pool))};
+}
+
+void attach_rank(const std::string& key, int rank, int control_fd, uint64_t control_bytes,
+                 int pool_fd, uint64_t pool_bytes) {
+  Registry& r = registry();
+  const std::lock_guard<std::mutex> lock(r.mutex);
+  r.group(key).attach(rank, control_fd, control_bytes, pool_fd, pool_bytes);
+}
+
+void start_group(const std::string& signature, const std::string& key, uint64_t generation,
+                 double timeout_s, int ranks_per_device) {
+  Registry& r = registry();
+  const std::lock_guard<std::mutex> lock(r.mutex);
+  Group& group = r.group(key);
+  group.reset(generation, timeout_s, ranks_per_device);
+  Entry& entry = r.in_use[signature];
+  entry.groups.insert(&group);
+  for (int rank = 0; rank < group.num_ranks(); ++rank) {
+    const int device = group.devices()[rank];
+    if (device >= 0) entry.by_device[device] = Member{&group, rank};
   }
-  r.in_use[signature] = entry;
+}
+
+bool is_broken(const std::string& signature) {
+  Registry& r = registry();
+  const std::lock_guard<std::mutex> lock(r.mutex);
+  const auto entry = r.in_use.find(signature);
+  if (entry == r.in_use.end()) return false;
+  for (const Group* group : entry->second.groups) {
+    if (group->broken()) return true;
+  }
+  return false;
 }
 
 void finalize_groups() {
@@ -82,8 +121,9 @@ std::vector<std::string> describe_groups() {
   std::vector<std::string> lines;
   for (const auto& [signature, entry] : r.in_use) {
     for (const Group* group : entry.groups) {
-      lines.push_back(signature + " on GPUs " + join(group->devices()) + ": control block of " +
-                      std::to_string(group->control_bytes()) + " bytes on each");
+      lines.push_back("group " + signature + " on GPUs " + join(group->devices()) +
+                      ": control block of " + std::to_string(group->control_bytes()) +
+                      " bytes on each");
     }
   }
   return lines;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The groups of this process by signature: mesh axes, their sizes, and the axes of the group. Entries
-// live as long as the process: an executable, or a CUDA graph inside it, may come back to them.
+// The groups of this process by signature: mesh axes, their sizes, and the axes of the group.
+// Entries live as long as the process: an executable, or a CUDA graph inside it, may come back to
+// them.
 #pragma once
 #include <string>
 #include <string_view>
@@ -15,10 +16,24 @@ struct Member {
   int rank = -1;
 };
 
-// Make or restart the groups of one signature: one for each list of devices. Throws
-// std::runtime_error.
-void initialize_groups(const std::string& signature, const std::vector<std::vector<int>>& devices,
-                       double timeout_s);
+// The group called `key`, made if it is new: see Group's constructor. True if it is new.
+bool make_group(const std::string& key, const std::vector<int>& devices);
+
+// What another process needs of a rank here: descriptor and bytes of its control block, and of the
+// memory that `in_pool` lies in. The caller closes the descriptors.
+struct ExportedRank {
+  Exported control, pool;
+};
+ExportedRank export_rank(const std::string& key, int rank, uint64_t in_pool);
+void attach_rank(const std::string& key, int rank, int control_fd, uint64_t control_bytes,
+                 int pool_fd, uint64_t pool_bytes);
+
+// Start a generation of the group `key` and put it in use under `signature`.
+void start_group(const std::string& signature, const std::string& key, uint64_t generation,
+                 double timeout_s, int ranks_per_device);
+
+// Whether a rank here, in a group in use under `signature`, failed or was told of a failure.
+bool is_broken(const std::string& signature);
 
 // Take all groups out of use.
 void finalize_groups();

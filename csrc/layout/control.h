@@ -125,8 +125,7 @@ constexpr ControlLayout control_layout(int num_ranks, Field* fields = nullptr) {
 }
 
 JAX_EP_HD uint64_t make_tag(uint64_t generation, uint64_t epoch, uint32_t signature) {
-  return ((generation & 0x3f) << 56) | ((epoch & 0xffffffffu) << 24) |
-         (signature & 0xffffffu);
+  return ((generation & 0x3f) << 56) | ((epoch & 0xffffffffu) << 24) | (signature & 0xffffffu);
 }
 
 // The peers of one rank as its kernels see them; a kernel argument.

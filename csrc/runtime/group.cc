@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <set>
 #include <stdexcept>
 
 namespace jax_ep {
@@ -87,29 +88,39 @@ Group::Group(std::vector<int> devices) : devices_(std::move(devices)) {
     throw std::runtime_error("group: expected 1 to " + std::to_string(kMaxRanks) + " ranks, got " +
                              std::to_string(R));
   }
+  std::set<int> here;
+  for (int device : devices_) {
+    if (device < 0) spans_processes_ = true;
+    if (device >= 0) here.insert(device);
+  }
   try {
-    for (int a : devices_) {
-      for (int b : devices_) {
+    for (int a : here) {
+      for (int b : here) {
         if (a != b) enable_peer(a, b);
       }
     }
     require(cudaHostAlloc(&records_, R * sizeof(FaultRecord),
                           cudaHostAllocPortable | cudaHostAllocMapped),
             "cudaHostAlloc of fault records");
-    const ControlLayout at = control_layout(R);
-    for (int r = 0; r < R; ++r) {
-      OnDevice on(devices_[r]);
-      char* block = nullptr;
-      require(cudaMalloc(&block, at.total), "cudaMalloc of a control block");
-      control_.push_back(block);
+    own_pool_.resize(R);
+    for (int device : here) {
+      control_[device].resize(R);
+      pool_[device].resize(R);
     }
     for (int r = 0; r < R; ++r) {
-      Peers p{};
-      for (int s = 0; s < R; ++s) p.control[s] = control_[s];
-      p.at = at;
-      p.rank = r;
-      p.num_ranks = R;
-      peers_.push_back(p);
+      if (devices_[r] < 0) continue;
+      OnDevice on(devices_[r]);
+      char* block = nullptr;
+      if (spans_processes_) {
+        block = allocate_shared(devices_[r], control_bytes()).base;
+        if (here.size() > 1) {
+          throw std::runtime_error(
+              "group: expected one GPU per process, or all GPUs of the group in one process");
+        }
+      } else {
+        require(cudaMalloc(&block, control_bytes()), "cudaMalloc of a control block");
+      }
+      for (int device : here) control_[device][r] = block;
     }
   } catch (...) {
     release();
@@ -117,37 +128,74 @@ Group::Group(std::vector<int> devices) : devices_(std::move(devices)) {
   }
 }
 
-void Group::reset(double timeout_s) {
+Exported Group::export_control(int rank) const {
+  OnDevice on(devices_[rank]);
+  return export_allocation(control_.at(devices_[rank])[rank]);
+}
+
+Exported Group::export_pool(int rank, const void* in_pool) {
+  OnDevice on(devices_[rank]);
+  const Exported pool = export_allocation(in_pool);
+  own_pool_[rank] = pool.range;
+  pool_[devices_[rank]][rank] = pool.range.base;
+  return pool;
+}
+
+void Group::attach(int rank, int control_fd, size_t control_bytes, int pool_fd, size_t pool_bytes) {
+  for (auto& [device, control] : control_) {
+    OnDevice on(device);
+    control[rank] = import_allocation(control_fd, control_bytes, device).base;
+    pool_[device][rank] = import_allocation(pool_fd, pool_bytes, device).base;
+  }
+}
+
+void Group::reset(uint64_t generation, double timeout_s, int ranks_per_device) {
   timeout_s_ = timeout_s;
-  ++generation_;
-  const ControlLayout at = control_layout(num_ranks());
-  for (int device : devices_) {
+  ranks_per_device_ = ranks_per_device;
+  const int R = num_ranks();
+  const ControlLayout at = control_layout(R);
+  peers_.assign(R, Peers{});
+  for (auto& [device, control] : control_) {
     OnDevice on(device);
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
-  std::memset(static_cast<void*>(records_), 0, num_ranks() * sizeof(FaultRecord));
-  for (int r = 0; r < num_ranks(); ++r) {
-    OnDevice on(devices_[r]);
-    require(cudaMemset(control_[r], 0, at.total), "cudaMemset of a control block");
+  std::memset(static_cast<void*>(records_), 0, R * sizeof(FaultRecord));
+  for (int r = 0; r < R; ++r) {
+    if (devices_[r] < 0) continue;
+    const int device = devices_[r];
+    OnDevice on(device);
+    char* block = control_[device][r];
+    require(cudaMemset(block, 0, at.total), "cudaMemset of a control block");
     Header header{};
     header.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
-    header.generation = generation_;
+    header.generation = generation;
     header.record = records_ + r;
-    require(cudaMemcpy(control_[r] + at.header, &header, sizeof header, cudaMemcpyHostToDevice),
+    require(cudaMemcpy(block + at.header, &header, sizeof header, cudaMemcpyHostToDevice),
             "cudaMemcpy of a header");
+    std::vector<char*> mapping(R * kMaxAllocations);  // allocation 0: addresses as they are
+    for (int s = 0; s < R; ++s) mapping[s * kMaxAllocations + 1] = pool_[device][s];
+    require(cudaMemcpy(block + at.mapping, mapping.data(), mapping.size() * sizeof(char*),
+                       cudaMemcpyHostToDevice),
+            "cudaMemcpy of the mapping");
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    Peers& p = peers_[r];
+    for (int s = 0; s < R; ++s) p.control[s] = control_[device][s];
+    p.at = at;
+    p.rank = r;
+    p.num_ranks = R;
   }
 }
 
 Group::~Group() { release(); }
 
 void Group::release() noexcept {
-  for (size_t r = 0; r < control_.size(); ++r) {
+  for (int r = 0; r < num_ranks(); ++r) {
+    if (devices_[r] < 0 || spans_processes_ || control_.count(devices_[r]) == 0) continue;
     int before = 0;
     cudaGetDevice(&before);
     cudaSetDevice(devices_[r]);
     cudaDeviceSynchronize();
-    cudaFree(control_[r]);
+    cudaFree(control_[devices_[r]][r]);
     cudaSetDevice(before);
   }
   control_.clear();
@@ -165,8 +213,30 @@ int Group::rank_of(int device) const {
   return rank;
 }
 
-Location Group::locate(const void* pointer) const {
-  return Location{reinterpret_cast<uint64_t>(pointer), 0, 0};
+bool Group::locate(int rank, const void* pointer, Location* out) const {
+  const auto* p = static_cast<const char*>(pointer);
+  if (!spans_processes_) {
+    *out = Location{reinterpret_cast<uint64_t>(p), 0, 0};
+    return true;
+  }
+  const Range& pool = own_pool_[rank];
+  if (p < pool.base || p >= pool.base + pool.bytes) return false;
+  *out = Location{static_cast<uint64_t>(p - pool.base), 1, 0};
+  return true;
+}
+
+bool Group::broken() const {
+  const ControlLayout at = control_layout(num_ranks());
+  for (int r = 0; r < num_ranks(); ++r) {
+    if (devices_[r] < 0) continue;
+    OnDevice on(devices_[r]);
+    Header header{};
+    require(cudaMemcpy(&header, control_.at(devices_[r])[r] + at.header, sizeof header,
+                       cudaMemcpyDeviceToHost),
+            "cudaMemcpy of a header");
+    if (header.broken != 0) return true;
+  }
+  return false;
 }
 
 FaultRecord Group::fault(int rank) const {
@@ -193,8 +263,8 @@ std::string Group::describe_fault() const {
   if (first.fault == 0) return "";
   const std::string who = "rank " + std::to_string(first.rank),
                     whom = "rank " + std::to_string(first.awaited);
-  const std::string where = std::string("jax_ep.") +
-                            name_of(static_cast<Operation>(first.operation)) + ": ";
+  const std::string where =
+      std::string("jax_ep.") + name_of(static_cast<Operation>(first.operation)) + ": ";
   const std::string phase = name_of(static_cast<Phase>(first.phase));
   switch (static_cast<Fault>(first.fault)) {
     case Fault::kNone:

@@ -4,27 +4,40 @@
 // CUDA graph that was captured long ago still holds the addresses of the control blocks.
 #pragma once
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
 #include "../kernels/launch.h"
+#include "shared_memory.h"
 
 namespace jax_ep {
 
 class Group {
  public:
-  // `devices[r]`: the CUDA device of rank r; ranks may share one. Throws std::runtime_error.
+  // `devices[r]`: the CUDA device of rank r, ranks may share one; -1 for a rank of another process,
+  // which `attach` completes. Throws std::runtime_error.
   explicit Group(std::vector<int> devices);
   ~Group();
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
-  // Start a new generation: epochs from 0, no failure. No operation may run.
-  void reset(double timeout_s);
+  // Several processes: what peers need of a rank here, its control block and the memory that XLA
+  // has for it (`in_pool` points into it); and the same of a rank elsewhere, mapped for all devices
+  // here. Descriptors belong to the caller.
+  Exported export_control(int rank) const;
+  Exported export_pool(int rank, const void* in_pool);
+  void attach(int rank, int control_fd, size_t control_bytes, int pool_fd, size_t pool_bytes);
+
+  // Start generation number `generation`: epochs from 0, no failure. No operation may run, of any
+  // process; `ranks_per_device` of the group share a GPU.
+  void reset(uint64_t generation, double timeout_s, int ranks_per_device);
 
   int num_ranks() const { return static_cast<int>(devices_.size()); }
   const std::vector<int>& devices() const { return devices_; }
   size_t control_bytes() const { return control_layout(num_ranks()).total; }
+  int ranks_per_device() const { return ranks_per_device_; }
+  bool spans_processes() const { return spans_processes_; }
 
   // Rank of a device; -1 if it is in no rank or in several.
   int rank_of(int device) const;
@@ -32,9 +45,11 @@ class Group {
   // What rank r's kernels need to know of the group.
   const Peers& peers(int rank) const { return peers_[rank]; }
 
-  // Where `pointer` is, as peers name it.
-  Location locate(const void* pointer) const;
+  // Where `pointer` is, as peers name it; false if they cannot reach it.
+  bool locate(int rank, const void* pointer, Location* out) const;
 
+  // Whether a rank of this process has failed or was told of a failure. Reads device memory.
+  bool broken() const;
   // The first failure of rank r, copied; `fault` is 0 if there is none.
   FaultRecord fault(int rank) const;
   // A sentence about the first failure of any rank of this process; empty if there is none.
@@ -45,9 +60,14 @@ class Group {
 
   std::vector<int> devices_;
   double timeout_s_ = 0;
-  uint64_t generation_ = 0;
-  std::vector<char*> control_;
-  FaultRecord* records_ = nullptr;  // [R], host memory that all devices map
+  int ranks_per_device_ = 1;
+  bool spans_processes_ = false;
+  // [device of this process, rank]: rank's control block as the device's kernels address it. In one
+  // process the same on all devices.
+  std::map<int, std::vector<char*>> control_;
+  std::map<int, std::vector<char*>> pool_;  // alike, of the memory that XLA has for each rank
+  std::vector<Range> own_pool_;             // [rank], of ranks here
+  FaultRecord* records_ = nullptr;          // [R], host memory that all devices map
   std::vector<Peers> peers_;
 };
 

@@ -112,7 +112,7 @@ int main(int argc, char** argv) {
     std::vector<int> ids;
     for (int d = 0; d < devices; ++d) ids.push_back(d);
     Group group(ids);
-    group.reset(5.0);
+    group.reset(1, 5.0, 1);
     const Case c = bench_case(devices, T, H, E, K, sms, wire);
     Harness h(group, c);
     h.plan();

@@ -187,7 +187,7 @@ int run(const Options& o) {
     std::vector<int> devices;
     for (int r = 0; r < R; ++r) devices.push_back(r % o.devices);
     groups.push_back(std::make_unique<Group>(devices));
-    groups.back()->reset(20.0);
+    groups.back()->reset(1, 20.0, o.devices < R ? R / o.devices : 1);
   }
   for (int i = 0; i < o.cases; ++i) {
     const size_t g = i % groups.size();

@@ -193,7 +193,7 @@ class Harness {
   }
   template <typename B>
   void lend(Call& c, int slot, const B& b) const {
-    c.lent.output[slot] = group_.locate(b->data());
+    group_.locate(0, b->data(), &c.lent.output[slot]);
     c.lent.bytes[slot] = b->bytes();
   }
   PlanParams plan_params(int r) const {

@@ -14,12 +14,12 @@ namespace {
 
 int failures = 0;
 
-#define EXPECT(condition)                                                      \
-  do {                                                                         \
-    if (!(condition)) {                                                        \
-      std::printf("%s:%d: expected %s\n", __FILE__, __LINE__, #condition);     \
-      ++failures;                                                              \
-    }                                                                          \
+#define EXPECT(condition)                                                  \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::printf("%s:%d: expected %s\n", __FILE__, __LINE__, #condition); \
+      ++failures;                                                          \
+    }                                                                      \
   } while (0)
 
 void control_fields_do_not_overlap() {

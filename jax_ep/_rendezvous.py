@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the processes of a group meet while it is set up.
+
+Facts go through JAX's key-value store, file descriptors of device memory through Unix sockets.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import threading
+import uuid
+
+import jax
+import numpy as np
+
+from . import _ffi, _jax_compat
+
+# Settings of XLA's allocator whose memory cannot be mapped once by other processes.
+_UNSHARED = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": ("false", "0"),
+    "XLA_PYTHON_CLIENT_ALLOCATOR": ("platform", "cuda_async"),
+}
+
+
+class Meeting:
+    """One round of exchange between the processes of one group."""
+
+    def __init__(self, name: str, group: list[jax.Device], timeout_s: float):
+        self.processes = sorted({d.process_index for d in group})
+        self._prefix = f"jax_ep/{name}"
+        self._timeout_ms = max(1, int(timeout_s * 1000))
+        self._client = _jax_compat.key_value_client()
+        if self._client is None:
+            raise RuntimeError(
+                "jax_ep.initialize: expected jax.distributed.initialize() before it, as the mesh has "
+                f"devices of {len(self.processes)} processes"
+            )
+
+    def exchange(self, facts: dict) -> dict[int, dict]:
+        """Everybody's facts, by process."""
+        mine = f"{self._prefix}/facts/{jax.process_index()}"
+        self._client.key_value_set(mine, json.dumps(facts))
+        return {p: json.loads(self._get(p)) for p in self.processes}
+
+    def _get(self, process: int) -> str:
+        try:
+            return self._client.blocking_key_value_get(
+                f"{self._prefix}/facts/{process}", self._timeout_ms
+            )
+        except Exception as error:
+            raise RuntimeError(
+                f"jax_ep.initialize: process {process} did not arrive within "
+                f"{self._timeout_ms / 1000:g} s; expected it to call initialize with the same mesh"
+            ) from error
+
+    def barrier(self, name: str) -> None:
+        """Wait for all processes of the group."""
+        self._client.wait_at_barrier(
+            f"{self._prefix}/{name}", self._timeout_ms, process_ids=self.processes
+        )
+
+
+def share_memory(meeting: Meeting, key: str, devices: list[int], *, attach: bool) -> int:
+    """Map every rank's control block and pool in every process; returns how many share a GPU.
+
+    `devices` has -1 for ranks of other processes; one rank is here. `attach` is False if it was
+    done in an earlier round.
+    """
+    rank = next(r for r, device in enumerate(devices) if device >= 0)
+    device = devices[rank]
+    address = f"jax_ep-{uuid.uuid4()}"
+    facts = dict(
+        rank=rank,
+        host=_host(),
+        gpu=_ffi.device_bus_id(device),
+        address=address,
+        attach=attach,
+    )
+    exported = None
+    if attach:
+        _check_allocator()
+        exported = _ffi.export_rank(key, rank, _pointer_into_pool(device))
+        facts.update(control_bytes=exported[1], pool_bytes=exported[3])
+    with contextlib.ExitStack() as stack:
+        if exported:
+            stack.callback(os.close, exported[0])
+            stack.callback(os.close, exported[2])
+            server = stack.enter_context(_serve(address, exported, len(devices) - 1))
+        everyone = meeting.exchange(facts)
+        _check(everyone, facts)
+        if exported:
+            for other in everyone.values():
+                if other["rank"] != rank:
+                    _attach(key, other)
+            server.join()
+    gpus = [other["gpu"] for other in everyone.values()]
+    return max(gpus.count(gpu) for gpu in gpus)
+
+
+def _check(everyone: dict[int, dict], mine: dict) -> None:
+    hosts = {process: facts["host"] for process, facts in everyone.items()}
+    if len(set(hosts.values())) > 1:
+        raise ValueError(
+            f"mesh: expected all processes of a group on one host, got {hosts}: groups between "
+            "hosts are not implemented for CUDA yet; implementation='xla' works"
+        )
+    if any(facts["attach"] != mine["attach"] for facts in everyone.values()):
+        raise RuntimeError(
+            "jax_ep.initialize: a process was restarted while others were not; expected all of them "
+            "to call initialize equally often"
+        )
+
+
+def _check_allocator() -> None:
+    for name, bad in _UNSHARED.items():
+        value = os.environ.get(name, "").lower()
+        if value in bad:
+            raise RuntimeError(
+                f"jax_ep.initialize: expected {name} unset in a group of several processes, got "
+                f"{value!r}: peers write into XLA's preallocated pool, mapped once"
+            )
+
+
+def _host() -> str:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
+
+
+def _pointer_into_pool(device: int) -> int:
+    """An address in the memory that XLA has taken of this device."""
+    (local,) = (d for d in jax.local_devices() if d.local_hardware_id == device)
+    array = jax.device_put(np.zeros(128, np.int32), local)
+    return array.block_until_ready().unsafe_buffer_pointer()
+
+
+class _serve:
+    """Send the descriptors of one exported rank to `count` processes, in the background."""
+
+    def __init__(self, address: str, exported: tuple, count: int):
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.bind("\0" + address)
+        self._socket.listen(count)
+        self._socket.settimeout(60)
+        self._exported, self._count = exported, count
+        self._thread = threading.Thread(target=self._send, daemon=True)
+
+    def _send(self):
+        with contextlib.suppress(OSError):  # the other side says what went wrong
+            for _ in range(self._count):
+                connection, _ = self._socket.accept()
+                with connection:
+                    socket.send_fds(connection, [b"x"], [self._exported[0], self._exported[2]])
+                    connection.recv(1)  # taken
+
+    def join(self):
+        self._thread.join()
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._socket.close()
+
+
+def _attach(key: str, other: dict) -> None:
+    """Take the descriptors of another process's rank and map its memory."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(60)
+        connection.connect("\0" + other["address"])
+        _, fds, _, _ = socket.recv_fds(connection, 1, 2)
+        try:
+            _ffi.attach_rank(
+                key,
+                other["rank"],
+                (fds[0], other["control_bytes"]),
+                (fds[1], other["pool_bytes"]),
+            )
+        finally:
+            for fd in fds:
+                os.close(fd)
+        connection.send(b"x")
