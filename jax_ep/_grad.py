@@ -80,9 +80,10 @@ def _combine_bwd(spec, residuals, g):
         return g_rows, None, None
     owned = plan.row_pair >= 0
     weights = jnp.where(owned, weights, 0)  # what a caller left in the tail stays there
-    dy = (weights[..., None] * g_rows.astype(jnp.float32)).astype(y.dtype)
-    products = y.astype(jnp.float32) * g_rows.astype(jnp.float32)
-    return dy, jnp.where(owned[..., None], products, 0).sum(-1), None
+    owned, g_rows = owned[..., None], g_rows.astype(jnp.float32)
+    dy = jnp.where(owned, weights[..., None] * g_rows, 0).astype(y.dtype)
+    products = y.astype(jnp.float32) * g_rows
+    return dy, jnp.where(owned, products, 0).sum(-1), None
 
 
 combine.defvjp(_combine_fwd, _combine_bwd)

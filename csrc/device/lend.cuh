@@ -9,6 +9,7 @@
 // All blocks of a sender take the same lease; finding it taken by this operation is as good.
 #pragma once
 #include "op.cuh"
+#include "warp.cuh"
 
 namespace jax_ep {
 
@@ -57,25 +58,31 @@ __device__ inline bool borrow_outputs(const Op& op, Borrowed& b) {
   return !b.failed;
 }
 
-// By every block that pushes, all threads, after the pushes of one chunk: signal `done[me][chunk]`
-// to the ranks in [first, last), me excepted.
-__device__ inline void signal_chunk(const Op& op, int chunk, int first, int last) {
-  __syncthreads();  // the block's pushes before the flags
-  for (int p = first + threadIdx.x; p < last; p += blockDim.x) {
-    if (p == op.me) continue;
-    __threadfence_system();
-    store_release_sys(op.block(p).done(op.me, chunk), op.tag);  // publishes the chunk's rows
+// By one warp that has pushed one of the `items` of a chunk: count it, and with the last one signal
+// `done[me][chunk]` to the ranks in [first, last), me excepted. The chunk's count is kept by
+// `first`.
+__device__ inline void finish_item(const Op& op, int chunk, uint32_t items, int first, int last) {
+  uint32_t* pushed = op.block(op.me).pushed(first, chunk);
+  bool complete = false;
+  __syncwarp();  // the warp's pushes before the count
+  if (lane_id() == 0)
+    complete = add_acq_rel_gpu(pushed, 1) + 1 == items;  // gathers all warps' pushes
+  if (!__shfl_sync(kAllLanes, complete, 0)) return;
+  if (lane_id() == 0) *pushed = 0;
+  for (int p = first + lane_id(); p < last; p += 32) {
+    if (p != op.me)
+      store_release_sys(op.block(p).done(op.me, chunk), op.tag);  // publishes the chunk
   }
 }
 
 // By one warp of a receiver: await `done[p][chunk]` of the ranks in [first, last), me excepted.
 __device__ inline bool await_chunk(const Op& op, int chunk, int first, int last) {
   bool arrived = true;
-  for (int p = first + int(threadIdx.x % 32); p < last; p += 32) {
+  for (int p = first + lane_id(); p < last; p += 32) {
     if (p != op.me)
       arrived &= op.await(op.block(op.me).done(p, chunk), p, Phase::kRows);  // acquires
   }
-  return __all_sync(0xffffffffu, arrived);
+  return __all_sync(kAllLanes, arrived);
 }
 
 }  // namespace jax_ep

@@ -20,6 +20,9 @@ class Block {
   __device__ Ready& ready(int from) const {
     return reinterpret_cast<Ready*>(base_ + at_.ready)[from];
   }
+  __device__ uint32_t* pushed(int peer, int chunk) const {
+    return reinterpret_cast<uint32_t*>(base_ + at_.pushed) + peer * kMaxChunks + chunk;
+  }
   __device__ uint64_t* lease(int peer) const {
     return reinterpret_cast<uint64_t*>(base_ + at_.lease) + peer;
   }
@@ -46,17 +49,26 @@ class Block {
 class Op {
  public:
   __device__ explicit Op(const Call& call)
-      : call(call),
-        me(call.peers.rank),
-        R(call.peers.num_ranks),
-        epoch_(load_relaxed(&header().epoch) + 1),
-        tag(make_tag(header().generation, epoch_, call.signature)) {}
+      : call(call), me(call.peers.rank), R(call.peers.num_ranks) {
+    const Header& mine = header();  // one line of memory: the four loads are in flight together
+    epoch_ = load_relaxed(&mine.epoch) + 1;
+    plans_ = load_relaxed(&mine.plans);
+    was_broken_ = load_relaxed(&mine.broken);
+    tag = make_tag(load_relaxed(&mine.generation), epoch_, call.signature);
+  }
 
   __device__ Block block(int rank) const { return Block(call.peers, rank); }
   __device__ Header& header() const { return block(me).header(); }
 
+  // Plans that were complete, and whether some rank had failed, when this operation began.
+  __device__ uint64_t plans() const { return plans_; }
+  __device__ bool began_broken() const { return was_broken_ != 0; }
+
   // Whether some rank has failed; then every wait gives up and results are poison.
   __device__ bool broken() const { return load_relaxed(&header().broken) != 0; }
+
+  // The same, to be looked at later: issue the load early, and its latency is hidden.
+  __device__ uint64_t broken_word() const { return load_relaxed(&header().broken); }
 
   // Wait until `*word`, which rank `from` releases, is this operation's tag. False: give up.
   __device__ bool await(const uint64_t* word, int from, Phase phase) const {
@@ -136,8 +148,9 @@ class Op {
       Header& mine = header();
       mine.left = 0;
       mine.barrier = 0;
+      mine.ticket = 0;
       mine.epoch = epoch_;
-      if (call.operation == Operation::kPlan) mine.plans += 1;
+      if (call.operation == Operation::kPlan) mine.plans = plans_ + 1;
     }
   }
 
@@ -184,12 +197,32 @@ class Op {
   const Call& call;
   const int me;
   const int R;
+  uint64_t tag;  // of this operation, on all ranks
 
  private:
-  const uint64_t epoch_;
+  uint64_t epoch_;
+  uint64_t plans_;
+  uint64_t was_broken_;
+};
 
+// Items of local work, taken by whichever warp is free; the next one is on its way while one is
+// done.
+class Tickets {
  public:
-  const uint64_t tag;
+  __device__ explicit Tickets(const Op& op) : counter_(&op.header().ticket) { draw(); }
+  // The next item of this warp.
+  __device__ int take() {
+    const int item = __shfl_sync(0xffffffffu, drawn_, 0);
+    draw();
+    return item;
+  }
+
+ private:
+  __device__ void draw() {
+    if (threadIdx.x % 32 == 0) drawn_ = static_cast<int>(atomicAdd(counter_, 1u));
+  }
+  uint32_t* counter_;
+  int drawn_ = 0;
 };
 
 // Set `bytes` (a multiple of 4) at `p` to ones, by one block: NaN in every float type, -1 in

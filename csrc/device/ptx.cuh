@@ -79,6 +79,21 @@ __device__ __forceinline__ Vec load_arrived(const Vec* p) {
   return v;
 }
 
+__device__ __forceinline__ uint2 load_arrived(const uint2* p) {
+  uint2 v;
+  asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint32_t load_arrived(const uint32_t* p) {
+  uint32_t v;
+  asm volatile("ld.relaxed.gpu.global.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
 __device__ __forceinline__ void store_row(Vec* p, const Vec& v) {
   asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x),
                "r"(v.y), "r"(v.z), "r"(v.w)

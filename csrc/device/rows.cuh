@@ -5,8 +5,11 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
+#include <type_traits>
+
 #include "../kernels/launch.h"
 #include "ptx.cuh"
+#include "warp.cuh"
 
 namespace jax_ep {
 
@@ -40,24 +43,33 @@ struct Pack {
   __device__ explicit Pack(const Vec& v) : vec(v) {}
 };
 
-// 16 consecutive channels of a row, one lane's share while quantising; 8 lanes hold a scale's
-// block.
-constexpr int kLaneChannels = 16;
-constexpr int kScaleLanes = kScaleBlock / kLaneChannels;
-
-struct Quantized {
-  Vec q;        // 16 e4m3 values
-  float scale;  // of the block of 128 channels that they belong to
+// FP8 values of the channels of one Vec of T.
+template <typename T>
+struct Fp8 {
+  static constexpr int kCount = Pack<T>::kCount;
+  using Word = std::conditional_t<kCount == 8, uint2, uint32_t>;
+  union {
+    Word word;
+    __nv_fp8_storage_t q[kCount];
+  };
+  __device__ Fp8() {}
+  __device__ explicit Fp8(const Word& w) : word(w) {}
 };
 
 // One scale per 128 channels: amax / 448, e4m3(x * (1 / scale)), saturating. NaN stays NaN: the
-// maximum is taken over the bits of |x|, where NaN is largest. All lanes of the warp take part.
-__device__ inline Quantized quantize_lane(const float (&x)[kLaneChannels], bool power_of_two) {
+// maximum is taken over the bits of |x|, where NaN is largest. Each lane brings one Vec, so 16 or
+// 32 lanes share a scale; all lanes of the warp take part.
+template <typename T>
+__device__ __forceinline__ Fp8<T> quantize(const Pack<T>& x, bool power_of_two, float* scale_out) {
   uint32_t bits = 0;
 #pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) bits = max(bits, __float_as_uint(x[i]) & 0x7fffffffu);
+  for (int i = 0; i < Pack<T>::kCount; ++i) {
+    bits = max(bits, __float_as_uint(to_float(x.element[i])) & 0x7fffffffu);
+  }
 #pragma unroll
-  for (int d = 1; d < kScaleLanes; d *= 2) bits = max(bits, __shfl_xor_sync(0xffffffffu, bits, d));
+  for (int d = 1; d < kScaleBlock / Pack<T>::kCount; d *= 2) {
+    bits = max(bits, __shfl_xor_sync(kAllLanes, bits, d));
+  }
   const float tiny = __uint_as_float(0x00800000u);  // smallest normal
   const float amax = __uint_as_float(bits);
   float scale = 1.0f;
@@ -69,55 +81,29 @@ __device__ inline Quantized quantize_lane(const float (&x)[kLaneChannels], bool 
     scale = __uint_as_float((__float_as_uint(scale) + 0x7fffffu) & 0x7f800000u);
   }
   const float inverse = __fdiv_rn(1.0f, scale);
-  union {
-    Vec vec;
-    __nv_fp8_storage_t q[kLaneChannels];
-  } out;
+  Fp8<T> out;
 #pragma unroll
-  for (int i = 0; i < kLaneChannels; ++i) {
-    out.q[i] = __nv_cvt_float_to_fp8(__fmul_rn(x[i], inverse), __NV_SATFINITE, __NV_E4M3);
+  for (int i = 0; i < Pack<T>::kCount; i += 2) {
+    const float2 two = {__fmul_rn(to_float(x.element[i]), inverse),
+                        __fmul_rn(to_float(x.element[i + 1]), inverse)};
+    const __nv_fp8x2_storage_t both = __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3);
+    out.q[i] = static_cast<__nv_fp8_storage_t>(both & 0xff);
+    out.q[i + 1] = static_cast<__nv_fp8_storage_t>(both >> 8);
   }
-  return {out.vec, scale};
+  *scale_out = scale;
+  return out;
 }
 
-__device__ __forceinline__ float dequantize(__nv_fp8_storage_t q, float scale) {
-  return __fmul_rn(__half2float(__half(__nv_cvt_fp8_to_halfraw(q, __NV_E4M3))), scale);
-}
-
-// One lane's 16 channels at `row`, as floats.
+// The inverse: float32 products, each rounded once to T.
 template <typename T>
-__device__ inline void load_lane(const T* row, int channel, float (&x)[kLaneChannels]) {
-  constexpr int kVecs = kLaneChannels / Pack<T>::kCount;
+__device__ __forceinline__ Pack<T> dequantize(const Fp8<T>& in, float scale) {
+  Pack<T> out;
 #pragma unroll
-  for (int v = 0; v < kVecs; ++v) {
-    const Pack<T> pack(load_input(reinterpret_cast<const Vec*>(row + channel) + v));
-#pragma unroll
-    for (int i = 0; i < Pack<T>::kCount; ++i)
-      x[v * Pack<T>::kCount + i] = to_float(pack.element[i]);
+  for (int i = 0; i < Pack<T>::kCount; ++i) {
+    const float value = __half2float(__half(__nv_cvt_fp8_to_halfraw(in.q[i], __NV_E4M3)));
+    out.element[i] = from_float<T>(__fmul_rn(value, scale));
   }
+  return out;
 }
-
-// The inverse of quantize_lane, as the Vecs of T: kLaneChannels * sizeof(T) bytes.
-template <typename T>
-struct Dequantized {
-  static constexpr int kVecs = kLaneChannels / Pack<T>::kCount;
-  Vec vec[kVecs];
-  __device__ Dequantized(const Vec& q, float scale) {
-    union {
-      Vec all;
-      __nv_fp8_storage_t q[kLaneChannels];
-    } in;
-    in.all = q;
-#pragma unroll
-    for (int v = 0; v < kVecs; ++v) {
-      Pack<T> pack;
-#pragma unroll
-      for (int i = 0; i < Pack<T>::kCount; ++i) {
-        pack.element[i] = from_float<T>(dequantize(in.q[v * Pack<T>::kCount + i], scale));
-      }
-      vec[v] = pack.vec;
-    }
-  }
-};
 
 }  // namespace jax_ep

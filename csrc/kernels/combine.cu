@@ -2,13 +2,13 @@
 // combine: rows back to their tokens, added up in a fixed order.
 //
 //   wire blocks                                     local blocks
-//     await ready[s], take s's lease                  per chunk of my tokens:
-//     per chunk of tokens of each other source s:       await done[r][chunk] of every other rank r
-//       partial = my rows of the token, each times      per token, over ranks r in order:
-//         its weight, added in row order                  r = me: the partial of my own rows
-//       push it to partials[t][slot] on s                 else: partials[t][slot of r]
-//       (scalars: to their pair on s)                   out[t] = their sum
-//     signal done[me][chunk] on s
+//     await ready[s], take s's lease                  per segment of my tokens' rows:
+//     per segment of a token of each source s:          own = the partial of my own rows
+//       partial = my rows of the token, each times      await done[r][chunk] of every other rank r
+//         its weight, added in row order                over ranks r in order, add
+//       push it to partials[t][slot] on s                 r = me: own
+//       (scalars: to their pair on s)                     else: partials[t][slot of r]
+//       last of its chunk: signal done[me][chunk] on s  out[t] = the sum
 //
 // Products are rounded to float32 before they are added, partials to y's type, the own one too: the
 // same bits whatever the number of blocks. A token's slot for rank r is the number of ranks below
@@ -21,7 +21,7 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kThreads = 1024;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kWirePercent = 50;
 enum Output { kPartials = 0, kScalars = 1 };
@@ -53,35 +53,86 @@ __device__ Rows rows_of(const CombineParams& p, size_t token, int row_bytes) {
   return r;
 }
 
-// The partial of one Vec of a token's row, rounded to T. All lanes of the warp take part.
+constexpr int kBatch = 4;  // Vecs of a lane: one segment of a row is 32 * kBatch Vecs
+
+// kBatch Vecs of a row, of each lane; Vec j is at `base + 32 * j + lane`, absent from `last` on.
+struct Piece {
+  Vec v[kBatch];
+};
+
+template <bool kArrived>
+__device__ __forceinline__ Piece load_piece(const char* row, int base, int last) {
+  Piece piece;
+#pragma unroll
+  for (int j = 0; j < kBatch; ++j) {
+    const int at = base + 32 * j + lane_id();
+    const auto* from = reinterpret_cast<const Vec*>(row) + at;
+    if (at < last) piece.v[j] = kArrived ? load_arrived(from) : load_input(from);
+  }
+  return piece;
+}
+
+__device__ __forceinline__ void store_piece(char* row, int base, int last, const Piece& piece) {
+#pragma unroll
+  for (int j = 0; j < kBatch; ++j) {
+    const int at = base + 32 * j + lane_id();
+    if (at < last) store_row(reinterpret_cast<Vec*>(row) + at, piece.v[j]);
+  }
+}
+
+// A float32 sum of pieces of type T.
 template <typename T>
-__device__ __forceinline__ Vec partial_of(const Rows& rows, bool weighted, int at, bool active) {
-  constexpr int kBatch = 4;  // rows in flight
-  float sum[Pack<T>::kCount] = {};
-  for (int first = 0; first < rows.count; first += kBatch) {
-    Vec v[kBatch];
+struct Sum {
+  float value[kBatch][Pack<T>::kCount] = {};
+
+  __device__ __forceinline__ void add(const Piece& piece, bool weighted, float weight) {
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
-      if (first + j >= rows.count) break;
-      const auto* row = reinterpret_cast<const Vec*>(of_lane(rows.row, first + j));
-      if (active) v[j] = load_input(row + at);
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (first + j >= rows.count) break;
-      const float weight = __shfl_sync(kAllLanes, rows.weight, first + j);
-      const Pack<T> pack(v[j]);
+      const Pack<T> pack(piece.v[j]);
 #pragma unroll
       for (int i = 0; i < Pack<T>::kCount; ++i) {
-        const float value = to_float(pack.element[i]);
-        sum[i] = __fadd_rn(sum[i], weighted ? __fmul_rn(weight, value) : value);
+        const float x = to_float(pack.element[i]);
+        value[j][i] = __fadd_rn(value[j][i], weighted ? __fmul_rn(weight, x) : x);
       }
     }
   }
-  Pack<T> out;
+
+  __device__ __forceinline__ Piece rounded() const {
+    Piece piece;
 #pragma unroll
-  for (int i = 0; i < Pack<T>::kCount; ++i) out.element[i] = from_float<T>(sum[i]);
-  return out.vec;
+    for (int j = 0; j < kBatch; ++j) {
+      Pack<T> pack;
+#pragma unroll
+      for (int i = 0; i < Pack<T>::kCount; ++i) pack.element[i] = from_float<T>(value[j][i]);
+      piece.v[j] = pack.vec;
+    }
+    return piece;
+  }
+};
+
+// The partial of one piece of a token's row, rounded to T; the next row is in flight while one is
+// added. All lanes of the warp take part.
+template <typename T>
+__device__ __forceinline__ Piece partial_of(const Rows& rows, bool weighted, int base, int last) {
+  Sum<T> sum;
+  Piece next = load_piece<false>(of_lane(rows.row, 0), base, last);
+  for (int k = 0; k < rows.count; ++k) {
+    const Piece piece = next;
+    if (k + 1 < rows.count) next = load_piece<false>(of_lane(rows.row, k + 1), base, last);
+    sum.add(piece, weighted, __shfl_sync(kAllLanes, rows.weight, k));
+  }
+  return sum.rounded();
+}
+
+// Scalars of my rows of one of `source`'s tokens, to their pairs there.
+__device__ void push_scalars(const CombineParams& p, const Borrowed& peers, int source,
+                             size_t token) {
+  const int T_ = p.exchange.num_tokens, K = p.exchange.top_k;
+  if (lane_id() >= K) return;
+  const int row = p.token_rows[token * K + lane_id()];
+  if (row < 0) return;
+  const size_t pair = p.row_pair[row] - size_t(source) * T_ * K;
+  reinterpret_cast<float*>(peers.output[source][kScalars])[pair] = p.row_scalars[row];
 }
 
 template <typename T>
@@ -89,38 +140,27 @@ __device__ void push_partials(const Body& b) {
   __shared__ Borrowed peers;
   const CombineParams& p = b.p;
   if (!borrow_outputs(b.op, peers)) return;
-  const int T_ = p.exchange.num_tokens, K = p.exchange.top_k, others = b.op.R - 1, lane = lane_id();
+  const int T_ = p.exchange.num_tokens, others = b.op.R - 1, warps = b.roles.wire * kWarps;
   const int row_bytes = p.hidden * int(sizeof(T)), vecs = row_bytes / int(sizeof(Vec));
-  const int slots = partial_slots(p.exchange);
-  for (int u = blockIdx.x; u < b.chunks * others; u += b.roles.wire) {
-    const int c = u / others, source = (b.op.me + 1 + u % others) % b.op.R;
-    const int end = min_int((c + 1) * b.chunk, T_);
-    for (int t = c * b.chunk + threadIdx.x / 32; t < end; t += kWarps) {
-      const size_t token = size_t(source) * T_ + t;
-      if (p.row_scalars != nullptr && lane < K) {
-        const int row = p.token_rows[token * K + lane];
-        if (row >= 0) {  // the pair is one of `source`'s
-          const size_t pair = p.row_pair[row] - size_t(source) * T_ * K;
-          reinterpret_cast<float*>(peers.output[source][kScalars])[pair] = p.row_scalars[row];
-        }
-      }
-      if (p.y == nullptr) continue;
-      const Rows rows = rows_of(p, token, row_bytes);
-      if (rows.count == 0) continue;
-      const size_t at_slot = size_t(t) * slots + p.token_slot[token];
-      if ((at_slot + 1) * row_bytes > peers.bytes[source][kPartials]) {
-        b.op.fail(Fault::kBounds, Phase::kRows, source, at_slot, peers.bytes[source][kPartials]);
-        return;
-      }
-      auto* to = reinterpret_cast<Vec*>(peers.output[source][kPartials] + at_slot * row_bytes);
-      for (int base = 0; base < vecs; base += 32) {
-        const int at = base + lane;
-        const Vec partial = partial_of<T>(rows, p.weights != nullptr, at, at < vecs);
-        if (at < vecs) store_row(to + at, partial);
-      }
+  const int slots = partial_slots(p.exchange), segments = max_int(1, ceil_div(vecs, kSegmentVecs));
+  const int per_token = others * segments;
+  for (int i = blockIdx.x + b.roles.wire * (threadIdx.x / 32); i < T_ * per_token; i += warps) {
+    const int t = i / per_token, rest = i % per_token, segment = rest % segments;
+    const int source = (b.op.me + 1 + rest / segments) % b.op.R, chunk = t / b.chunk;
+    const size_t token = size_t(source) * T_ + t;
+    const uint64_t broken = b.op.broken_word();
+    if (segment == 0 && p.row_scalars != nullptr) push_scalars(p, peers, source, token);
+    const Rows rows = rows_of(p, token, row_bytes);
+    const size_t slot = size_t(t) * slots + p.token_slot[token];
+    if (rows.count > 0 && (slot + 1) * row_bytes > peers.bytes[source][kPartials]) {
+      b.op.fail(Fault::kBounds, Phase::kRows, source, slot, peers.bytes[source][kPartials]);
+    } else if (rows.count > 0) {
+      const int base = segment * kSegmentVecs;
+      const Piece partial = partial_of<T>(rows, p.weights != nullptr, base, vecs);
+      store_piece(peers.output[source][kPartials] + slot * row_bytes, base, vecs, partial);
     }
-    signal_chunk(b.op, c, source, source + 1);
-    if (b.op.broken()) return;
+    finish_item(b.op, chunk, min_int(b.chunk, T_ - chunk * b.chunk) * segments, source, source + 1);
+    if (broken != 0) return;
   }
 }
 
@@ -154,34 +194,23 @@ __device__ Partials partials_of(const Body& b, int t, int row_bytes) {
   return all;
 }
 
+// One piece of the sum of token t. The own partial is in registers before the peers' are awaited.
 template <typename T>
-__device__ void sum_token(const Body& b, int t) {
+__device__ bool sum_piece(const Body& b, int t, int base) {
   const CombineParams& p = b.p;
   const int row_bytes = p.hidden * int(sizeof(T)), vecs = row_bytes / int(sizeof(Vec));
   const Partials all = partials_of(b, t, row_bytes);
-  const Rows own = rows_of(p, size_t(b.op.me) * p.exchange.num_tokens + t, row_bytes);
-  auto* out = reinterpret_cast<Vec*>(p.out + size_t(t) * row_bytes);
-  for (int base = 0; base < vecs; base += 32) {
-    const int at = base + lane_id();
-    float sum[Pack<T>::kCount] = {};
-    for (int i = 0; i < all.count; ++i) {
-      const auto* partial = reinterpret_cast<const Vec*>(of_lane(all.partial, i));
-      Vec v = {};
-      if (partial == nullptr) {
-        v = partial_of<T>(own, p.weights != nullptr, at, at < vecs);
-      } else if (at < vecs) {
-        v = load_arrived(partial + at);
-      }
-      const Pack<T> pack(v);
-#pragma unroll
-      for (int j = 0; j < Pack<T>::kCount; ++j)
-        sum[j] = __fadd_rn(sum[j], to_float(pack.element[j]));
-    }
-    Pack<T> total;
-#pragma unroll
-    for (int j = 0; j < Pack<T>::kCount; ++j) total.element[j] = from_float<T>(sum[j]);
-    if (at < vecs) store_row(out + at, total.vec);
+  const Rows rows = rows_of(p, size_t(b.op.me) * p.exchange.num_tokens + t, row_bytes);
+  Piece own = {};
+  if (rows.count > 0) own = partial_of<T>(rows, p.weights != nullptr, base, vecs);
+  if (!await_chunk(b.op, t / b.chunk, 0, b.op.R)) return false;
+  Sum<T> sum;
+  for (int i = 0; i < all.count; ++i) {
+    const char* partial = of_lane(all.partial, i);
+    sum.add(partial == nullptr ? own : load_piece<true>(partial, base, vecs), false, 1.0f);
   }
+  store_piece(p.out + size_t(t) * row_bytes, base, vecs, sum.rounded());
+  return true;
 }
 
 // Scalars of my pairs whose rows are here, and zero for pairs without a row.
@@ -197,15 +226,21 @@ __device__ void return_own_scalars(const CombineParams& p, int me, int t) {
   }
 }
 
+// Local work, by all blocks: those that push come when they have pushed.
 template <typename T>
 __device__ void sum_tokens(const Body& b) {
   const CombineParams& p = b.p;
-  const int blocks = b.roles.local, first = gridDim.x - blocks;
-  const int warp = (blockIdx.x - first) + blocks * (threadIdx.x / 32), warps = blocks * kWarps;
-  for (int t = warp; t < p.exchange.num_tokens; t += warps) {
-    if (p.row_scalars != nullptr) return_own_scalars(p, b.op.me, t);
-    if (!await_chunk(b.op, t / b.chunk, 0, b.op.R)) return;
-    if (p.y != nullptr) sum_token<T>(b, t);
+  const int vecs = p.hidden * int(sizeof(T)) / int(sizeof(Vec));
+  const int segments = max_int(1, ceil_div(vecs, kSegmentVecs));
+  Tickets tickets(b.op);
+  for (int i = tickets.take(); i < p.exchange.num_tokens * segments; i = tickets.take()) {
+    const int t = i / segments, segment = i % segments;
+    if (segment == 0 && p.row_scalars != nullptr) return_own_scalars(p, b.op.me, t);
+    if (p.y != nullptr) {
+      if (!sum_piece<T>(b, t, segment * kSegmentVecs)) return;
+    } else if (!await_chunk(b.op, t / b.chunk, 0, b.op.R)) {
+      return;
+    }
   }
 }
 
@@ -219,11 +254,13 @@ template <typename T>
 __device__ void combine_body(const CombineParams& p) {
   const Op op(p.call);
   const int tokens = p.exchange.num_tokens, chunk = chunk_tokens(tokens, kMaxChunks);
-  const Body b{p, op, split_roles(gridDim.x, op.R, kWirePercent), chunk, ceil_div(tokens, chunk)};
-  if (!op.broken()) {
+  const Body b{p, op,
+               split_roles(gridDim.x, op.R, p.wire_percent > 0 ? p.wire_percent : kWirePercent),
+               chunk, ceil_div(tokens, chunk)};
+  if (!op.began_broken()) {
     if (blockIdx.x == 0) lend_outputs(op);
     if (int(blockIdx.x) < b.roles.wire) push_partials<T>(b);
-    if (int(blockIdx.x) >= int(gridDim.x) - b.roles.local) sum_tokens<T>(b);
+    sum_tokens<T>(b);
   }
   op.leave([&] { poison_combine(p, p.hidden * sizeof(T)); });
 }

@@ -3,15 +3,17 @@
 //
 //   wire blocks                                  local blocks
 //     await ready[d], take d's lease               own tokens: load a row once, store it to each of
-//     per chunk of tokens:                           its rows here
-//       load a row once (quantise it),             padding (and tail): store zeros
-//       push it to its first row on each           per chunk, per source s:
+//     per token (or a segment of its row):           its rows here
+//       load it once (quantise it),                padding (and tail): store zeros
+//       push it to its first row on each           per token of each source s:
 //       other destination rank                       await done[s][chunk]
-//     signal done[me][chunk] on every peer           copy each token's first row to its others
+//       last of its chunk: signal                    copy its first row to its others
+//         done[me][chunk] on every peer
 //
 // One copy of a token crosses the link per destination rank. Rows are written by exactly one party:
 // a first row by its source, the others by the receiver, padding by the receiver. Wire blocks never
-// wait for local blocks, of any rank; they come first in the grid, so they are resident first.
+// wait for local blocks, of any rank, and join them when they have pushed; they come first in the
+// grid, so they are resident first.
 // A launch ends when every chunk of every source has been awaited: then nobody else writes here.
 #include "../device/lend.cuh"
 #include "../device/rows.cuh"
@@ -23,8 +25,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kSegmentBytes = 4096;  // of a row that one warp copies at a time
-constexpr int kWirePercent = 16;
+constexpr int kWirePercent = 28;
 enum Output { kRows = 0, kScales = 1, kScalars = 2 };
 
 // Up to 32 places that one row goes to: lane i holds the i-th.
@@ -34,25 +35,25 @@ struct Targets {
   int count = 0;  // the same in all lanes
 };
 
-// Bytes [first, last) of the row at `from` to the same bytes of every target.
+constexpr int kBatch = 4;  // Vecs of a lane in flight
+
+// Vecs [first, last) of the row at `from` to the same place in every target.
 template <bool kArrived>
 __device__ void copy_row(const char* from, const Targets& to, int first, int last) {
-  constexpr int kUnroll = 4;
-  const int end = last / int(sizeof(Vec));
   const auto* source = reinterpret_cast<const Vec*>(from);
-  for (int base = first / int(sizeof(Vec)); base < end; base += 32 * kUnroll) {
-    Vec v[kUnroll];
+  for (int base = first; base < last; base += 32 * kBatch) {
+    Vec v[kBatch];
 #pragma unroll
-    for (int j = 0; j < kUnroll; ++j) {
+    for (int j = 0; j < kBatch; ++j) {
       const int at = base + j * 32 + lane_id();
-      if (at < end) v[j] = kArrived ? load_arrived(source + at) : load_input(source + at);
+      if (at < last) v[j] = kArrived ? load_arrived(source + at) : load_input(source + at);
     }
     for (int i = 0; i < to.count; ++i) {
       auto* target = reinterpret_cast<Vec*>(of_lane(to.row, i));
 #pragma unroll
-      for (int j = 0; j < kUnroll; ++j) {
+      for (int j = 0; j < kBatch; ++j) {
         const int at = base + j * 32 + lane_id();
-        if (at < end) store_row(target + at, v[j]);
+        if (at < last) store_row(target + at, v[j]);
       }
     }
   }
@@ -70,56 +71,71 @@ __device__ void copy_scales(const float* from, const Targets& to, int count) {
   }
 }
 
-// Quantise the row at `x`: to e4m3 and scales in every target, or (kBack) back to T.
+// Vecs [first, last) of the row at `x`, quantised: to e4m3 and scales in every target, or (kBack)
+// back to T. `first` is a multiple of a scale's block.
 template <typename T, bool kBack>
-__device__ void quantize_row(const DispatchParams& p, const T* x, const Targets& to) {
-  for (int base = 0; base < p.hidden; base += 32 * kLaneChannels) {
-    const int channel = base + lane_id() * kLaneChannels;
-    const bool active = channel < p.hidden;
-    float values[kLaneChannels] = {};
-    if (active) load_lane(x, channel, values);
-    const Quantized q = quantize_lane(values, p.power_of_two_scales);
-    for (int i = 0; i < to.count; ++i) {
-      char* row = of_lane(to.row, i);
-      float* scales = of_lane(to.scales, i);
-      if (!active) continue;
-      if constexpr (kBack) {
-        const Dequantized<T> back(q.q, q.scale);
-        auto* target = reinterpret_cast<Vec*>(row + channel * sizeof(T));
+__device__ void quantize_row(const DispatchParams& p, const T* x, const Targets& to, int first,
+                             int last) {
+  constexpr int kCount = Pack<T>::kCount, kLanes = kScaleBlock / kCount;
+  using Word = typename Fp8<T>::Word;
+  const auto* source = reinterpret_cast<const Vec*>(x);
+  for (int base = first; base < last; base += 32 * kBatch) {
+    Pack<T> v[kBatch];
 #pragma unroll
-        for (int v = 0; v < Dequantized<T>::kVecs; ++v) store_row(target + v, back.vec[v]);
-      } else {
-        store_row(reinterpret_cast<Vec*>(row + channel), q.q);
-        if (lane_id() % kScaleLanes == 0) scales[channel / kScaleBlock] = q.scale;
+    for (int j = 0; j < kBatch; ++j) {
+      const int at = base + j * 32 + lane_id();
+      v[j].vec = at < last ? load_input(source + at) : Vec{};
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int at = base + j * 32 + lane_id();
+      float scale;
+      const Fp8<T> q = quantize(v[j], p.power_of_two_scales, &scale);
+      const Vec back = kBack ? dequantize(q, scale).vec : Vec{};
+      for (int i = 0; i < to.count; ++i) {
+        char* row = of_lane(to.row, i);
+        float* scales = of_lane(to.scales, i);
+        if (at >= last) continue;
+        if constexpr (kBack) {
+          store_row(reinterpret_cast<Vec*>(row) + at, back);
+        } else {
+          reinterpret_cast<Word*>(row)[at] = q.word;
+          if (at % kLanes == 0) scales[at / kLanes] = scale;
+        }
       }
     }
   }
 }
 
 // A row that arrived as {e4m3 [H], scales [H/128]} at the start of its place: to T in every target,
-// its own place last. Values lie at byte c and go to byte c * sizeof(T), so going down from the
-// last channel never overwrites what is still to be read; the scales are held in shared memory.
+// its own place included. The values of Vec v lie at byte v * kCount and go to byte v * 16, so
+// going down from the last never overwrites what is still to be read; the scales are held in shared
+// memory.
 template <typename T>
 __device__ void dequantize_row(const DispatchParams& p, const char* from, const Targets& to,
                                float* held) {
-  const int blocks = p.hidden / kScaleBlock;
-  for (int j = lane_id(); j < blocks; j += 32) {
+  constexpr int kCount = Pack<T>::kCount, kLanes = kScaleBlock / kCount, kStep = 32 * kBatch;
+  using Word = typename Fp8<T>::Word;
+  for (int j = lane_id(); j < p.hidden / kScaleBlock; j += 32) {
     held[j] = *reinterpret_cast<const volatile float*>(from + p.hidden + j * sizeof(float));
   }
   __syncwarp();
-  const int step = 32 * kLaneChannels;
-  for (int base = (p.hidden - 1) / step * step; base >= 0; base -= step) {
-    const int channel = base + lane_id() * kLaneChannels;
-    const bool active = channel < p.hidden;
-    Vec q = {};
-    if (active) q = load_arrived(reinterpret_cast<const Vec*>(from + channel));
-    __syncwarp();  // every lane has read before any lane writes
-    const Dequantized<T> back(q, active ? held[channel / kScaleBlock] : 0.0f);
-    for (int i = 0; i < to.count; ++i) {
-      auto* target = reinterpret_cast<Vec*>(of_lane(to.row, i) + channel * sizeof(T));
+  const int vecs = p.hidden / kCount;
+  for (int base = (vecs - 1) / kStep * kStep; base >= 0; base -= kStep) {
+    Fp8<T> q[kBatch];
 #pragma unroll
-      for (int v = 0; v < Dequantized<T>::kVecs; ++v) {
-        if (active) store_row(target + v, back.vec[v]);
+    for (int j = 0; j < kBatch; ++j) {
+      const int at = base + j * 32 + lane_id();
+      if (at < vecs) q[j].word = load_arrived(reinterpret_cast<const Word*>(from) + at);
+    }
+    __syncwarp();  // every lane has read before any lane writes
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int at = base + j * 32 + lane_id();
+      const Vec back = at < vecs ? dequantize(q[j], held[at / kLanes]).vec : Vec{};
+      for (int i = 0; i < to.count; ++i) {
+        auto* target = reinterpret_cast<Vec*>(of_lane(to.row, i));
+        if (at < vecs) store_row(target + at, back);
       }
     }
   }
@@ -136,7 +152,7 @@ struct Body {
 
 // Where token t's row goes on other ranks: one target per rank, its first kept row there. Scalars
 // of its pairs go to their rows on the way.
-__device__ Targets remote_targets(const Body& b, const Borrowed& peers, int t) {
+__device__ Targets remote_targets(const Body& b, const Borrowed& peers, int t, bool with_scalars) {
   const DispatchParams& p = b.p;
   const int K = p.exchange.top_k, lane = lane_id();
   int rank = -1, row = -1;
@@ -149,7 +165,7 @@ __device__ Targets remote_targets(const Body& b, const Borrowed& peers, int t) {
     b.op.fail(Fault::kBounds, Phase::kRows, rank, row, peers.bytes[rank][kRows]);
     remote = false;
   }
-  if (remote && p.scalars != nullptr) {
+  if (remote && with_scalars && p.scalars != nullptr) {
     reinterpret_cast<float*>(peers.output[rank][kScalars])[row] = p.scalars[size_t(t) * K + lane];
   }
   Targets to;
@@ -167,10 +183,10 @@ __device__ Targets remote_targets(const Body& b, const Borrowed& peers, int t) {
   return to;
 }
 
-// The rows of source token `token` (source * T + t) here, from the `skip`-th on.
-__device__ Targets local_targets(const DispatchParams& p, size_t token, int skip) {
+// The rows of source token `token` (source * T + t) here.
+__device__ Targets local_targets(const DispatchParams& p, size_t token) {
   const int K = p.exchange.top_k, lane = lane_id();
-  const int row = lane + skip < K ? p.token_rows[token * K + lane + skip] : -1;
+  const int row = lane < K ? p.token_rows[token * K + lane] : -1;
   Targets to;
   to.count = __popc(__ballot_sync(kAllLanes, row >= 0));
   if (row >= 0) {
@@ -180,65 +196,84 @@ __device__ Targets local_targets(const DispatchParams& p, size_t token, int skip
   return to;
 }
 
+__device__ Targets without_first(Targets all) {
+  all.row = of_lane(all.row, lane_id() + 1);
+  all.scales = of_lane(all.scales, lane_id() + 1);
+  --all.count;
+  return all;
+}
+
+// Row `t` of x, Vecs [first, last) as they come, to every target.
+template <Wire W, typename T, bool kBack>
+__device__ void send_row(const DispatchParams& p, int t, const Targets& to, int first, int last) {
+  if constexpr (W == Wire::kCopy) {
+    copy_row<false>(p.x + size_t(t) * p.row_bytes, to, first, last);
+    if (first == 0 && p.scales != nullptr) {
+      const int count = p.hidden / kScaleBlock;
+      copy_scales(p.scales + size_t(t) * count, to, count);
+    }
+  } else {
+    quantize_row<T, kBack>(p, reinterpret_cast<const T*>(p.x) + size_t(t) * p.hidden, to, first,
+                           last);
+  }
+}
+
+// Vecs of a row of x.
+template <Wire W, typename T>
+__device__ int row_vecs(const DispatchParams& p) {
+  return (W == Wire::kCopy ? p.row_bytes : p.hidden * int(sizeof(T))) / int(sizeof(Vec));
+}
+
 template <Wire W, typename T>
 __device__ void push_tokens(const Body& b) {
   __shared__ Borrowed peers;
   const DispatchParams& p = b.p;
   if (!borrow_outputs(b.op, peers)) return;
-  for (int c = blockIdx.x; c < b.chunks; c += b.roles.wire) {
-    const int end = min_int((c + 1) * b.chunk, p.exchange.num_tokens);
-    for (int t = c * b.chunk + threadIdx.x / 32; t < end; t += kWarps) {
-      Targets to = remote_targets(b, peers, t);
-      if constexpr (W == Wire::kCopy) {
-        copy_row<false>(p.x + size_t(t) * p.row_bytes, to, 0, p.row_bytes);
-        if (p.scales != nullptr) {
-          const int count = p.hidden / kScaleBlock;
-          copy_scales(p.scales + size_t(t) * count, to, count);
-        }
-      } else {
-        // Delivered as T: the scales travel behind the values, inside the row's place.
-        if (W == Wire::kDequantized) to.scales = reinterpret_cast<float*>(to.row + p.hidden);
-        quantize_row<T, false>(p, reinterpret_cast<const T*>(p.x) + size_t(t) * p.hidden, to);
-      }
+  const int tokens = p.exchange.num_tokens, warps = b.roles.wire * kWarps;
+  const int vecs = row_vecs<W, T>(p);
+  const Cut cut = cut_rows(vecs, tokens, warps);
+  // Blocks first: the early items, so the early chunks, are spread over all of them.
+  for (int i = blockIdx.x + b.roles.wire * (threadIdx.x / 32); i < tokens * cut.segments;
+       i += warps) {
+    const int t = i / cut.segments, segment = i % cut.segments, chunk = t / b.chunk;
+    const uint64_t broken = b.op.broken_word();
+    Targets to = remote_targets(b, peers, t, segment == 0);
+    // Delivered as T: the scales travel behind the values, inside the row's place.
+    if (W == Wire::kDequantized) to.scales = reinterpret_cast<float*>(to.row + p.hidden);
+    const int first = segment * cut.segment_vecs;
+    if (to.count > 0) {
+      send_row<W, T, false>(p, t, to, first, min_int(first + cut.segment_vecs, vecs));
     }
-    signal_chunk(b.op, c, 0, b.op.R);
-    if (b.op.broken()) return;
+    const int in_chunk = min_int(b.chunk, tokens - chunk * b.chunk) * cut.segments;
+    finish_item(b.op, chunk, in_chunk, 0, b.op.R);
+    if (broken != 0) return;
   }
 }
 
-// This rank's own tokens, one segment of a row at a time.
+// One segment of one of this rank's own tokens.
 template <Wire W, typename T>
-__device__ void place_own(const Body& b, int warp, int warps) {
+__device__ void place_own(const Body& b, const Cut& cut, int item) {
   const DispatchParams& p = b.p;
-  const int T_ = p.exchange.num_tokens, K = p.exchange.top_k;
-  const int segments = W == Wire::kCopy ? ceil_div(p.row_bytes, kSegmentBytes) : 1;
-  for (int i = warp; i < T_ * segments; i += warps) {
-    const int t = i / segments, segment = i % segments;
-    const Targets to = local_targets(p, size_t(b.op.me) * T_ + t, 0);
-    if (segment == 0 && p.scalars != nullptr && lane_id() < K) {
-      const size_t pair = size_t(t) * K + lane_id();
-      if (p.pair_rank[pair] == b.op.me && p.pair_row[pair] >= 0)
-        p.row_scalars[p.pair_row[pair]] = p.scalars[pair];
-    }
-    if (to.count == 0) continue;
-    if constexpr (W == Wire::kCopy) {
-      const int first = segment * kSegmentBytes;
-      copy_row<false>(p.x + size_t(t) * p.row_bytes, to, first,
-                      min_int(first + kSegmentBytes, p.row_bytes));
-      if (segment == 0 && p.scales != nullptr) {
-        const int count = p.hidden / kScaleBlock;
-        copy_scales(p.scales + size_t(t) * count, to, count);
-      }
-    } else {
-      quantize_row<T, W == Wire::kDequantized>(
-          p, reinterpret_cast<const T*>(p.x) + size_t(t) * p.hidden, to);
+  const int K = p.exchange.top_k, vecs = row_vecs<W, T>(p);
+  const int t = item / cut.segments, segment = item % cut.segments;
+  const Targets to = local_targets(p, size_t(b.op.me) * p.exchange.num_tokens + t);
+  if (segment == 0 && p.scalars != nullptr && lane_id() < K) {
+    const size_t pair = size_t(t) * K + lane_id();
+    if (p.pair_rank[pair] == b.op.me && p.pair_row[pair] >= 0) {
+      p.row_scalars[p.pair_row[pair]] = p.scalars[pair];
     }
   }
+  if (to.count == 0) return;
+  const int first = segment * cut.segment_vecs;
+  send_row<W, T, W == Wire::kDequantized>(p, t, to, first, min_int(first + cut.segment_vecs, vecs));
 }
 
 // Zeros where no pair is: padding inside segments always, the tail if asked; scalars everywhere.
-__device__ void zero_unowned(const Body& b, int warp, int warps) {
+// By the blocks that do not push.
+__device__ void zero_unowned(const Body& b) {
   const DispatchParams& p = b.p;
+  const int blocks = b.roles.local, warps = blocks * kWarps;
+  const int warp = blockIdx.x - (gridDim.x - blocks) + blocks * (threadIdx.x / 32);
   const int rows = p.exchange.num_rows, scale_count = p.hidden / kScaleBlock;
   for (int base = warp * 32; base < rows; base += warps * 32) {
     const int row = base + lane_id();
@@ -255,49 +290,49 @@ __device__ void zero_unowned(const Body& b, int warp, int warps) {
   }
 }
 
-// Tokens of other ranks: from the row that arrived to the token's other rows here.
+// One segment of a token of another rank: from the row that arrived to the token's other rows here.
+// Items go chunk by chunk over all sources, as they arrive. False: give up.
 template <Wire W, typename T>
-__device__ void expand_arrived(const Body& b, int warp, int warps, float* held) {
+__device__ bool expand_arrived(const Body& b, const Cut& cut, int item, float* held) {
   const DispatchParams& p = b.p;
-  const int T_ = p.exchange.num_tokens, others = b.op.R - 1;
-  const int segments = W == Wire::kDequantized ? 1 : ceil_div(p.row_bytes, kSegmentBytes);
-  const int scale_count = p.hidden / kScaleBlock;
-  for (int c = 0; c < b.chunks; ++c) {
-    const int first = c * b.chunk, tokens = min_int(b.chunk, T_ - first);
-    const int items = others * tokens * segments;
-    // Start where the last chunk ended, so that all warps get their share.
-    const int start = int((size_t(c) * others * b.chunk * segments) % warps);
-    for (int i = (warp - start + warps) % warps; i < items; i += warps) {
-      const int segment = i % segments, rest = i / segments;
-      const int source = (b.op.me + 1 + rest % others) % b.op.R, t = first + rest / others;
-      if (!await_chunk(b.op, c, source, source + 1)) return;
-      const size_t token = size_t(source) * T_ + t;
-      const Targets all = local_targets(p, token, 0);
-      if (all.count == 0) continue;
-      const char* arrived = of_lane(all.row, 0);
-      if constexpr (W == Wire::kDequantized) {
-        Targets own_last = local_targets(p, token, 1);
-        if (lane_id() == own_last.count) own_last.row = const_cast<char*>(arrived);
-        ++own_last.count;
-        dequantize_row<T>(p, arrived, own_last, held);
-      } else if (all.count > 1) {
-        const Targets to = local_targets(p, token, 1);
-        const int from = segment * kSegmentBytes;
-        copy_row<true>(arrived, to, from, min_int(from + kSegmentBytes, p.row_bytes));
-        if (segment == 0 && p.row_scales != nullptr)
-          copy_scales(of_lane(all.scales, 0), to, scale_count);
-      }
+  const int others = b.op.R - 1, per_token = others * cut.segments;
+  const int t = item / per_token, rest = item % per_token, segment = rest % cut.segments;
+  const int source = (b.op.me + 1 + rest / cut.segments) % b.op.R;
+  const Targets all = local_targets(p, size_t(source) * p.exchange.num_tokens + t);
+  if (!await_chunk(b.op, t / b.chunk, source, source + 1)) return false;
+  if (all.count == 0) return true;
+  const char* arrived = of_lane(all.row, 0);
+  if constexpr (W == Wire::kDequantized) {
+    dequantize_row<T>(p, arrived, all, held);
+  } else if (all.count > 1) {
+    const Targets to = without_first(all);
+    const int first = segment * cut.segment_vecs, vecs = p.row_bytes / int(sizeof(Vec));
+    copy_row<true>(arrived, to, first, min_int(first + cut.segment_vecs, vecs));
+    if (segment == 0 && p.row_scales != nullptr) {
+      copy_scales(of_lane(all.scales, 0), to, p.hidden / kScaleBlock);
     }
   }
+  return true;
 }
 
+// Local work, by all blocks: those that push come when they have pushed.
 template <Wire W, typename T>
 __device__ void work_locally(const Body& b, float* held) {
-  const int blocks = b.roles.local, first = gridDim.x - blocks;
-  const int warp = (blockIdx.x - first) + blocks * (threadIdx.x / 32), warps = blocks * kWarps;
-  place_own<W, T>(b, warp, warps);
-  zero_unowned(b, warp, warps);
-  if (b.op.R > 1) expand_arrived<W, T>(b, warp, warps, held);
+  const DispatchParams& p = b.p;
+  const int tokens = p.exchange.num_tokens, others = b.op.R - 1, warps = gridDim.x * kWarps;
+  const Cut own = cut_rows(row_vecs<W, T>(p), tokens, 4 * warps);
+  // A row that expands in place is one item.
+  const int arrived_vecs = W == Wire::kDequantized ? 1 : p.row_bytes / int(sizeof(Vec));
+  const Cut arrived = cut_rows(arrived_vecs, tokens * max_int(others, 1), 4 * warps);
+  const int num_own = tokens * own.segments, num_arrived = tokens * others * arrived.segments;
+  Tickets tickets(b.op);
+  for (int i = tickets.take(); i < num_own + num_arrived; i = tickets.take()) {
+    if (i < num_own) {
+      place_own<W, T>(b, own, i);
+    } else if (!expand_arrived<W, T>(b, arrived, i - num_own, held)) {
+      return;
+    }
+  }
 }
 
 __device__ void poison_dispatch(const DispatchParams& p) {
@@ -312,12 +347,14 @@ __device__ void dispatch_body(const DispatchParams& p) {
   extern __shared__ float held_scales[];
   const Op op(p.call);
   const int tokens = p.exchange.num_tokens, chunk = chunk_tokens(tokens, kMaxChunks);
-  const Body b{p, op, split_roles(gridDim.x, op.R, kWirePercent), chunk, ceil_div(tokens, chunk)};
-  if (!op.broken()) {
+  const Body b{p, op,
+               split_roles(gridDim.x, op.R, p.wire_percent > 0 ? p.wire_percent : kWirePercent),
+               chunk, ceil_div(tokens, chunk)};
+  if (!op.began_broken()) {
     if (blockIdx.x == 0) lend_outputs(op);
     if (int(blockIdx.x) < b.roles.wire) push_tokens<W, T>(b);
-    float* held = held_scales + threadIdx.x / 32 * (p.hidden / kScaleBlock);
-    if (int(blockIdx.x) >= int(gridDim.x) - b.roles.local) work_locally<W, T>(b, held);
+    if (int(blockIdx.x) >= int(gridDim.x) - b.roles.local) zero_unowned(b);
+    work_locally<W, T>(b, held_scales + threadIdx.x / 32 * (p.hidden / kScaleBlock));
   }
   op.leave([&] { poison_dispatch(p); });
 }

@@ -68,6 +68,7 @@ struct DispatchParams {
   float* row_scales;          // [rows, H/128] or null
   float* row_scalars;         // [rows] or null
   int power_of_two_scales;    // scale_format "e8m0"
+  int wire_percent;           // blocks that push, 0 for the default
 };
 
 struct CombineParams {
@@ -85,6 +86,7 @@ struct CombineParams {
   char* out;                  // [T, H]
   float* scalars;             // [T*K]
   char* partials;             // [T, partial_slots(exchange), H]: peers push here
+  int wire_percent;           // blocks that push, 0 for the default
 };
 
 // 32-bit words of PlanParams::scratch.

@@ -14,6 +14,8 @@
 // The stable order (expert, source rank, token, k) is the order of (tile, pair in tile) per expert,
 // as tiles are numbered by source rank and then by pair. A peer may be one plan ahead, never two:
 // it cannot finish that plan without my flags. Hence two copies of routing and flags, by parity.
+#include <climits>
+
 #include "../device/op.cuh"
 #include "../device/warp.cuh"
 #include "launch.h"
@@ -48,7 +50,7 @@ __device__ Scratch scratch_of(const PlanParams& p) {
 struct Warp {
   int lane = threadIdx.x % 32;
   int in_block = threadIdx.x / 32;
-  int index = blockIdx.x * kWarps + threadIdx.x / 32;
+  int index = blockIdx.x + gridDim.x * (threadIdx.x / 32);  // neighbours on different SMs
   int count = gridDim.x * kWarps;
 };
 
@@ -73,7 +75,6 @@ __device__ void publish_tile(const PlanParams& p, const Op& op, int parity, int 
   }
   __syncwarp();  // the warp's pushes before the flags
   for (int r = lane; r < op.R; r += 32) {
-    __threadfence_system();
     store_release_sys(op.block(r).plan_flag(parity, op.me, tile), op.tag);  // publishes the tile
   }
 }
@@ -93,10 +94,15 @@ __device__ void rank_tile(const PlanParams& p, const Op& op, const Scratch& s, i
   __syncwarp();
   const int16_t* routing = op.block(op.me).routing(parity, source);
   const int pairs = min_int(kTilePairs, p.exchange.num_pairs() - first);
-  for (int i = 0; i < pairs; i += 32) {
-    const int at = i + lane;
-    int e = -1;
-    if (at < pairs) e = *reinterpret_cast<const volatile int16_t*>(routing + first + at);
+  int experts[kTilePairs / 32];
+#pragma unroll
+  for (int i = 0; i < kTilePairs / 32; ++i) {
+    const int at = i * 32 + lane;
+    experts[i] = at < pairs ? *reinterpret_cast<const volatile int16_t*>(routing + first + at) : -1;
+  }
+#pragma unroll
+  for (int i = 0; i < kTilePairs / 32; ++i) {
+    const int at = i * 32 + lane, e = experts[i];
     const unsigned same = __match_any_sync(kAllLanes, e);
     const int earlier = __popc(same & ((1u << lane) - 1));
     const int base = e < 0 ? 0 : seen[e];
@@ -112,14 +118,23 @@ __device__ void rank_tile(const PlanParams& p, const Op& op, const Scratch& s, i
 // For one expert: the number of its pairs before each tile, and in all.
 __device__ void prefix_expert(const PlanParams& p, const Scratch& s, int expert, int lane) {
   const int E = p.exchange.num_experts, tiles = p.exchange.num_ranks * tiles_of(p.exchange);
+  constexpr int kBatch = 4;
   int total = 0;
-  for (int first = 0; first < tiles; first += 32) {
-    const int tile = first + lane;
-    const int mine = tile < tiles ? s.counts[size_t(tile) * E + expert] : 0;
-    int sum;
-    const int before = total + warp_prefix(mine, &sum);
-    if (tile < tiles) s.before[size_t(tile) * E + expert] = before;
-    total += sum;
+  for (int first = 0; first < tiles; first += 32 * kBatch) {
+    int mine[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int tile = first + 32 * j + lane;
+      mine[j] = tile < tiles ? s.counts[size_t(tile) * E + expert] : 0;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int tile = first + 32 * j + lane;
+      int sum;
+      const int before = total + warp_prefix(mine[j], &sum);
+      if (tile < tiles) s.before[size_t(tile) * E + expert] = before;
+      total += sum;
+    }
   }
   if (lane == 0) s.totals[expert] = total;
 }
@@ -138,39 +153,42 @@ __device__ void segment_rank(const Exchange& x, const int32_t* totals, int rank,
     }
     return;
   }
-  const int budget = x.num_rows / A;
+  // Each lane has a run of neighbouring experts: two prefix sums over the lanes are enough.
+  const int per_lane = ceil_div(local, 32);
+  const int from = min_int(lane * per_lane, local), to = min_int(from + per_lane, local);
+  auto blocks_of = [&](int e) { return ceil_div(totals[first + e], A); };
   int most = 0, wanted = 0;
-  for (int e = lane; e < local; e += 32) {
-    most = max_int(most, ceil_div(totals[first + e], A));
-    wanted += ceil_div(totals[first + e], A);
+  for (int e = from; e < to; ++e) {
+    most = max_int(most, blocks_of(e));
+    wanted += blocks_of(e);
   }
-  most = warp_max(most);
-  wanted = warp_sum(wanted);
-  int level = most, left = 0;
-  if (wanted > budget) {
+  const int budget = x.num_rows / A;
+  int level = INT_MAX, order = 0, left = 0;
+  if (warp_sum(wanted) > budget) {
     auto sum_at = [&](int l) {
       int sum = 0;
-      for (int e = lane; e < local; e += 32) sum += min_int(ceil_div(totals[first + e], A), l);
+      for (int e = from; e < to; ++e) sum += min_int(blocks_of(e), l);
       return warp_sum(sum);
     };
-    level = water_level(most, budget, sum_at);
+    level = water_level(warp_max(most), budget, sum_at);
     left = budget - sum_at(level);
+    int hungry = 0, all;
+    for (int e = from; e < to; ++e) hungry += blocks_of(e) > level;
+    order = warp_prefix(hungry, &all);
   }
-  int rows = 0, taken = 0;
-  for (int from = 0; from < local; from += 32) {
-    const int e = from + lane;
-    const int blocks = e < local ? ceil_div(totals[first + e], A) : 0;
-    int total_more, total_rows;
-    const int order = taken + warp_prefix(blocks > level, &total_more);
-    const int granted = min_int(blocks, level) + (blocks > level && order < left);
-    const int at = rows + warp_prefix(granted * A, &total_rows);
-    if (e < local) {
-      kept[first + e] = min_int(totals[first + e], granted * A);
-      start[first + e] = at;
-      room[first + e] = granted * A;
-    }
-    taken += total_more;
-    rows += total_rows;
+  int rows = 0, all_rows;
+  for (int e = from; e < to; ++e) {
+    const bool more = blocks_of(e) > level;
+    const int granted = min_int(blocks_of(e), level) + (more && order < left);
+    order += more;
+    kept[first + e] = min_int(totals[first + e], granted * A);
+    room[first + e] = granted * A;
+    rows += granted * A;
+  }
+  int at = warp_prefix(rows, &all_rows);
+  for (int e = from; e < to; ++e) {
+    start[first + e] = at;
+    at += room[first + e];
   }
 }
 
@@ -284,7 +302,7 @@ __device__ void plan_phases(const PlanParams& p, const Op& op, char* shared) {
   const Exchange& x = p.exchange;
   const Scratch s = scratch_of(p);
   const Warp w;
-  const int parity = (op.header().plans + 1) & 1, tiles = tiles_of(x), E = x.num_experts;
+  const int parity = (op.plans() + 1) & 1, tiles = tiles_of(x), E = x.num_experts;
   for (int tile = w.index; tile < tiles; tile += w.count) publish_tile(p, op, parity, tile, w.lane);
   auto* seen = reinterpret_cast<uint16_t*>(shared) + size_t(w.in_block) * E;
   for (int tile = w.index; tile < op.R * tiles; tile += w.count) {
@@ -295,8 +313,11 @@ __device__ void plan_phases(const PlanParams& p, const Op& op, char* shared) {
   if (!op.meet(2)) return;
   auto* words = reinterpret_cast<int32_t*>(shared);
   const Segments seg{words, words + E, words + 2 * E};
+  int32_t* totals = words + 3 * E;
+  for (int e = threadIdx.x; e < E; e += kThreads) totals[e] = s.totals[e];
+  __syncthreads();
   for (int r = w.in_block; r < op.R; r += kWarps) {
-    segment_rank(x, s.totals, r, seg.kept, seg.start, seg.room, w.lane);
+    segment_rank(x, totals, r, seg.kept, seg.start, seg.room, w.lane);
   }
   __syncthreads();
   place_tokens(p, op, s, seg, parity, w);
@@ -306,7 +327,7 @@ __device__ void plan_phases(const PlanParams& p, const Op& op, char* shared) {
 __device__ void plan_body(const PlanParams& p) {
   extern __shared__ __align__(16) char shared[];
   const Op op(p.call);
-  if (!op.broken()) plan_phases(p, op, shared);
+  if (!op.began_broken()) plan_phases(p, op, shared);
   op.leave([&] { poison_plan(p); });
 }
 
@@ -327,8 +348,8 @@ size_t plan_scratch_words(const Exchange& e) {
 }
 
 cudaError_t launch_plan(const PlanParams* params, const Exchange& e, const Launch& how) {
-  // Per warp one counter of 16 bits an expert; later three words an expert for the block.
-  const size_t shared = size_t(e.num_experts) * max_int(2 * kWarps, 12);
+  // Per warp one counter of 16 bits an expert; later four words an expert for the block.
+  const size_t shared = size_t(e.num_experts) * max_int(2 * kWarps, 16);
   const void* kernel = how.all_ranks ? reinterpret_cast<const void*>(&plan_all_ranks)
                                      : reinterpret_cast<const void*>(&plan_kernel);
   const cudaError_t error =

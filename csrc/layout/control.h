@@ -17,7 +17,7 @@ constexpr int kMaxRanks = 64;
 constexpr int kMaxTopK = 32;
 constexpr int kMaxExperts = 32767;  // routing travels as int16
 constexpr int kMaxPairs = 65536;    // T*K of one rank
-constexpr int kTilePairs = 512;     // pairs that one warp ranks
+constexpr int kTilePairs = 256;     // pairs that one warp ranks
 constexpr int kMaxTiles = kMaxPairs / kTilePairs;
 constexpr int kMaxChunks = 256;     // done flags of one source in one operation
 constexpr int kMaxOutputs = 3;      // buffers of one operation that peers write
@@ -70,12 +70,14 @@ struct FaultRecord {
 struct alignas(128) Header {
   uint64_t epoch;       // operations completed
   uint64_t plans;       // plans completed; its parity picks the routing buffer
-  uint32_t left;        // blocks of the running kernel that have left; the last resets it
-  uint32_t barrier;     // arrivals at the running kernel's grid barriers; the last block resets it
   uint64_t broken;      // sticky, 0 or 1 + the rank that failed first: every wait gives up
-  uint64_t timeout_ns;  // bound of every wait
   uint64_t generation;  // of the group: `initialize` counts it up and starts the epochs anew
+  uint64_t timeout_ns;  // bound of every wait
   FaultRecord* record;  // this rank's, in host memory
+  // Counters of the running kernel; the last block to leave resets them.
+  uint32_t left;     // blocks that have left
+  uint32_t barrier;  // arrivals at the grid's meetings
+  uint32_t ticket;   // items of local work that have been taken
 };
 
 // One named piece of the control block.
@@ -88,12 +90,12 @@ struct Field {
 
 // Where the pieces are, in a group of `num_ranks`; the same on every rank.
 struct ControlLayout {
-  uint32_t header, mapping, lease, left, ready, done, plan_flag, routing, total;
+  uint32_t header, mapping, pushed, lease, left, ready, done, plan_flag, routing, total;
 };
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-constexpr int kControlFields = 8;
+constexpr int kControlFields = 9;
 
 // The declaration of the layout: `visit(name, writer, bytes)` in order.
 template <typename Visit>
@@ -101,6 +103,7 @@ constexpr void visit_control(int num_ranks, Visit&& visit) {
   const size_t R = num_ranks;
   visit("header", "this rank; `broken` also peers", sizeof(Header));
   visit("mapping", "host, once", R * kMaxAllocations * sizeof(char*));
+  visit("pushed", "this rank: items of [peer][chunk] pushed", R * kMaxChunks * sizeof(uint32_t));
   visit("lease", "this rank, then peer p: lease[p]", R * sizeof(uint64_t));
   visit("left", "peer p, after a failure: left[p]", R * sizeof(uint64_t));
   visit("ready", "peer p: ready[p]", R * sizeof(Ready));
@@ -121,7 +124,7 @@ constexpr ControlLayout control_layout(int num_ranks, Field* fields = nullptr) {
   });
   auto u32 = [](size_t v) { return static_cast<uint32_t>(v); };
   return {u32(offsets[0]), u32(offsets[1]), u32(offsets[2]), u32(offsets[3]), u32(offsets[4]),
-          u32(offsets[5]), u32(offsets[6]), u32(offsets[7]), u32(end)};
+          u32(offsets[5]), u32(offsets[6]), u32(offsets[7]), u32(offsets[8]), u32(end)};
 }
 
 JAX_EP_HD uint64_t make_tag(uint64_t generation, uint64_t epoch, uint32_t signature) {

@@ -35,6 +35,22 @@ JAX_EP_HD int chunk_tokens(int num_tokens, int most) {
   return max_int(least, min_int(32, ceil_div(num_tokens, 128)));
 }
 
+constexpr int kSegmentVecs = 128;  // 16-byte vectors that a warp takes at a time: 4 a lane
+
+// How a row of `vecs` vectors is cut, so that `tokens` rows give every warp about two pieces: each
+// but the last has `segment_vecs` vectors, a multiple of kSegmentVecs.
+struct Cut {
+  int segments;
+  int segment_vecs;
+};
+
+JAX_EP_HD Cut cut_rows(int vecs, int tokens, int warps) {
+  const int most = max_int(1, ceil_div(vecs, kSegmentVecs));
+  const int wanted = min_int(most, max_int(1, ceil_div(2 * warps, max_int(1, tokens))));
+  const int segment_vecs = ceil_div(most, wanted) * kSegmentVecs;
+  return {max_int(1, ceil_div(vecs, segment_vecs)), segment_vecs};
+}
+
 // How the blocks of a launch share the roles: the first `wire` push to peers, the last `local` work
 // in this rank's memory. A single block has both roles, pushes first.
 struct Roles {

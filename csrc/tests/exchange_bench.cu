@@ -87,6 +87,7 @@ void time_op(const char* name, Group& group, Harness& h, Go&& go) {
 int main(int argc, char** argv) {
   using namespace jax_ep;
   setvbuf(stdout, nullptr, _IOLBF, 0);
+  std::vector<int> wire_percents = {0};
   int devices = 2, T = 4096, H = 7168, E = 256, K = 8, sms = 132, wire = 0;
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string a = argv[i];
@@ -105,6 +106,8 @@ int main(int argc, char** argv) {
       sms = v;
     else if (a == "--wire")
       wire = v;
+    else if (a == "--percent")
+      wire_percents.push_back(v);
     else
       return std::fprintf(stderr, "unknown option %s\n", a.c_str()), 2;
   }
@@ -113,7 +116,7 @@ int main(int argc, char** argv) {
     for (int d = 0; d < devices; ++d) ids.push_back(d);
     Group group(ids);
     group.reset(1, 5.0, 1);
-    const Case c = bench_case(devices, T, H, E, K, sms, wire);
+    Case c = bench_case(devices, T, H, E, K, sms, wire);
     Harness h(group, c);
     h.plan();
     h.dispatch();
@@ -129,8 +132,12 @@ int main(int argc, char** argv) {
     std::printf("R=%d T=%d H=%d E=%d K=%d rows=%d sms=%d wire=%d\n", devices, T, H, E, K,
                 c.x.num_rows, sms, wire);
     time_op("plan", group, h, [&](int r) { h.plan(r); });
-    time_op("dispatch", group, h, [&](int r) { h.dispatch(r); });
-    time_op("combine", group, h, [&](int r) { h.combine(r); });
+    for (int percent : wire_percents) {
+      c.wire_percent = percent;
+      std::printf("%d %% of blocks push\n", percent);
+      time_op("dispatch", group, h, [&](int r) { h.dispatch(r); });
+      time_op("combine", group, h, [&](int r) { h.combine(r); });
+    }
     return 0;
   } catch (const std::exception& e) {
     std::printf("failed: %s\n", e.what());

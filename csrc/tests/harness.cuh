@@ -85,6 +85,7 @@ struct Case {
   bool zero_tail = false;
   bool weights = true;
   int num_sms = 4;
+  int wire_percent = 0;
   bool single_launch = false;
   std::vector<int> topk_idx;   // [R, T, K]
   std::vector<Bytes> rows_in;  // [R][T, H]
@@ -231,6 +232,7 @@ class Harness {
     p.row_scales = delivers_scales() ? a.row_scales[r]->data() : nullptr;
     p.row_scalars = c_.weights ? a.row_scalars[r]->data() : nullptr;
     p.power_of_two_scales = c_.power_of_two;
+    p.wire_percent = c_.wire_percent;
     lend(p.call, 0, a.rows[r]);
     lend(p.call, 1, a.row_scales[r]);
     lend(p.call, 2, a.row_scalars[r]);
@@ -252,6 +254,7 @@ class Harness {
     p.out = a.out[r]->data();
     p.scalars = a.scalars_out[r]->data();
     p.partials = a.partials[r]->data();
+    p.wire_percent = c_.wire_percent;
     lend(p.call, 0, a.partials[r]);
     lend(p.call, 1, a.scalars_out[r]);
     return p;
