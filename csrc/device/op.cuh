@@ -4,6 +4,7 @@
 #pragma once
 #include "../kernels/launch.h"
 #include "ptx.cuh"
+#include "warp.cuh"
 
 namespace jax_ep {
 
@@ -109,7 +110,8 @@ class Op {
     }
   }
 
-  // All blocks of this rank's launch meet; the n-th meeting, counted from 1. False: give up.
+  // All blocks of this rank's launch meet; the n-th meeting, counted from 1. False: give up. Who
+  // waits for a peer meanwhile gives up first, and names it.
   __device__ bool meet(int n) const {
     __shared__ bool met;
     __syncthreads();
@@ -117,7 +119,7 @@ class Op {
       uint32_t* arrivals = &header().barrier;
       const uint32_t all = n * gridDim.x;
       met = add_acq_rel_gpu(arrivals, 1) + 1 == all;  // publishes this block's writes
-      const uint64_t start = now_ns(), bound = header().timeout_ns;
+      const uint64_t start = now_ns(), bound = header().timeout_ns / 4 * 5;
       while (!met) {
         met = load_acquire_gpu(arrivals) >= all;  // sees every block's writes
         if (!met && broken()) break;
@@ -206,23 +208,29 @@ class Op {
 };
 
 // Items of local work, taken by whichever warp is free; the next one is on its way while one is
-// done.
+// done. The first `warps` items are given to the warps that have nothing else to do first.
 class Tickets {
  public:
-  __device__ explicit Tickets(const Op& op) : counter_(&op.header().ticket) { draw(); }
-  // The next item of this warp.
-  __device__ int take() {
-    const int item = __shfl_sync(0xffffffffu, drawn_, 0);
+  // `warp` below `warps`: the warp's first item; otherwise it draws its first one too.
+  __device__ Tickets(const Op& op, int warp, int warps)
+      : counter_(&op.header().ticket), given_(warps), drawn_(warp) {
+    if (warp >= warps) draw();
+  }
+  // The next item of this warp below `end`, or -1.
+  __device__ int take(int end) {
+    const int item = __shfl_sync(kAllLanes, drawn_, 0);
+    if (item >= end) return -1;
     draw();
     return item;
   }
 
  private:
   __device__ void draw() {
-    if (threadIdx.x % 32 == 0) drawn_ = static_cast<int>(atomicAdd(counter_, 1u));
+    if (lane_id() == 0) drawn_ = given_ + static_cast<int>(atomicAdd(counter_, 1u));
   }
   uint32_t* counter_;
-  int drawn_ = 0;
+  int given_;
+  int drawn_;
 };
 
 // Set `bytes` (a multiple of 4) at `p` to ones, by one block: NaN in every float type, -1 in

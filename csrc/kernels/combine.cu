@@ -23,7 +23,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kWirePercent = 50;
+constexpr int kWirePercent = 70;
 enum Output { kPartials = 0, kScalars = 1 };
 
 struct Body {
@@ -232,8 +232,9 @@ __device__ void sum_tokens(const Body& b) {
   const CombineParams& p = b.p;
   const int vecs = p.hidden * int(sizeof(T)) / int(sizeof(Vec));
   const int segments = max_int(1, ceil_div(vecs, kSegmentVecs));
-  Tickets tickets(b.op);
-  for (int i = tickets.take(); i < p.exchange.num_tokens * segments; i = tickets.take()) {
+  const int warp = local_warp(b.roles, blockIdx.x, gridDim.x, threadIdx.x / 32, kWarps);
+  Tickets tickets(b.op, warp, b.roles.local * kWarps);
+  for (int i; (i = tickets.take(p.exchange.num_tokens * segments)) >= 0;) {
     const int t = i / segments, segment = i % segments;
     if (segment == 0 && p.row_scalars != nullptr) return_own_scalars(p, b.op.me, t);
     if (p.y != nullptr) {

@@ -25,7 +25,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kWirePercent = 28;
+constexpr int kWirePercent = 60;
 enum Output { kRows = 0, kScales = 1, kScalars = 2 };
 
 // Up to 32 places that one row goes to: lane i holds the i-th.
@@ -325,8 +325,9 @@ __device__ void work_locally(const Body& b, float* held) {
   const int arrived_vecs = W == Wire::kDequantized ? 1 : p.row_bytes / int(sizeof(Vec));
   const Cut arrived = cut_rows(arrived_vecs, tokens * max_int(others, 1), 4 * warps);
   const int num_own = tokens * own.segments, num_arrived = tokens * others * arrived.segments;
-  Tickets tickets(b.op);
-  for (int i = tickets.take(); i < num_own + num_arrived; i = tickets.take()) {
+  const int warp = local_warp(b.roles, blockIdx.x, gridDim.x, threadIdx.x / 32, kWarps);
+  Tickets tickets(b.op, warp, b.roles.local * kWarps);
+  for (int i; (i = tickets.take(num_own + num_arrived)) >= 0;) {
     if (i < num_own) {
       place_own<W, T>(b, own, i);
     } else if (!expand_arrived<W, T>(b, arrived, i - num_own, held)) {

@@ -65,6 +65,15 @@ JAX_EP_HD Roles split_roles(int num_blocks, int num_ranks, int wire_share_percen
   return {wire, num_blocks - wire};
 }
 
+// Number of a warp among those of the blocks that only work locally, neighbours on different SMs;
+// at least `warps` for the others.
+JAX_EP_HD int local_warp(const Roles& roles, int block, int num_blocks, int warp_in_block,
+                         int warps_per_block) {
+  const int first = num_blocks - roles.local;
+  if (block < first) return roles.local * warps_per_block;
+  return block - first + roles.local * warp_in_block;
+}
+
 // Highest level L with sum(min(blocks_e, L)) <= budget, by bisection; `sum_at(L)` gives the sum.
 template <typename SumAt>
 JAX_EP_HD int water_level(int most, int budget, SumAt&& sum_at) {

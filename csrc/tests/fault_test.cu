@@ -144,6 +144,7 @@ void a_late_peer_that_was_not_told(Scene& s) {
 
 // A peer that took the lease and then stopped: the owner waits for it, but not for ever.
 void a_peer_that_dies_while_pushing(Scene& s) {
+  s.restart();
   EXPECT(s.works());
   const ControlLayout at = control_layout(2);
   const uint64_t open =

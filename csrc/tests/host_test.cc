@@ -62,6 +62,11 @@ void every_block_has_a_role() {
       const Roles roles = split_roles(blocks, R, 16);
       EXPECT(roles.local >= 1 && roles.wire + roles.local >= blocks);
       EXPECT((R == 1) == (roles.wire == 0));
+      std::set<int> warps;  // each of the first local items is given to one warp
+      for (int block = 0; block < blocks; ++block) {
+        for (int w = 0; w < 32; ++w) warps.insert(local_warp(roles, block, blocks, w, 32));
+      }
+      for (int i = 0; i < roles.local * 32; ++i) EXPECT(warps.count(i) == 1);
     }
   }
 }
