@@ -6,7 +6,11 @@ to set up; what can be wrong is checked all the same, so that a program written 
 on GPUs.
 """
 
+import functools
+import logging
 import math
+import threading
+import time
 
 import jax
 import numpy as np
@@ -16,6 +20,8 @@ from . import _ffi, _rendezvous
 from ._check import axis_tuple
 
 _groups: dict[str, Mesh] = {}
+_log = logging.getLogger("jax_ep")
+_WATCH_PERIOD_S = 1.0
 _generation: dict[str, int] = {}  # of each group's devices, counted alike in every process
 
 
@@ -62,6 +68,7 @@ def initialize(mesh: Mesh, axis_name="expert", *, timeout_s: float = 60.0) -> No
     on_gpus = all(d.platform in ("gpu", "cuda") for d in mesh.devices.flat)
     if on_gpus and _ffi.has_cuda() and (known is None or _ffi.is_broken(name)):
         _start(name, _groups_of(mesh, axes), float(timeout_s))
+        _watch()
     _groups[name] = mesh
 
 
@@ -86,11 +93,27 @@ def _start(name: str, groups: list[list[jax.Device]], timeout_s: float) -> None:
         if -1 not in devices:
             _ffi.start_group(name, key, _generation[key], timeout_s, 1)
         else:
-            meeting = _rendezvous.Meeting(f"{key}/{_generation[key]}", group, timeout_s)
+            meeting = _rendezvous.Meeting(f"{key}/{_generation[key]}", group)
             sharing = _rendezvous.share_memory(meeting, key, devices, attach=is_new)
             meeting.barrier("attached")
             _ffi.start_group(name, key, _generation[key], timeout_s, sharing)
             meeting.barrier("started")  # nobody's kernel runs before every block is zero
+
+
+@functools.cache
+def _watch() -> None:
+    """Log each failure once: under CUDA-graph replay no handler runs that could return it."""
+
+    def look():
+        said = ""
+        while True:
+            fault = _ffi.describe_faults()
+            if fault and fault != said:
+                _log.error("jax_ep: %s", fault)
+            said = fault
+            time.sleep(_WATCH_PERIOD_S)
+
+    threading.Thread(target=look, name="jax_ep watchdog", daemon=True).start()
 
 
 def finalize() -> None:

@@ -24,10 +24,14 @@ _UNSHARED = {
 }
 
 
+#: How long the processes of a group wait for each other while it is set up.
+SETUP_TIMEOUT_S = 120.0
+
+
 class Meeting:
     """One round of exchange between the processes of one group."""
 
-    def __init__(self, name: str, group: list[jax.Device], timeout_s: float):
+    def __init__(self, name: str, group: list[jax.Device], timeout_s: float = SETUP_TIMEOUT_S):
         self.processes = sorted({d.process_index for d in group})
         self._prefix = f"jax_ep/{name}"
         self._timeout_ms = max(1, int(timeout_s * 1000))

@@ -2,6 +2,7 @@
 """The CUDA implementation on one GPU and on all GPUs of one process, against the reference."""
 
 import itertools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -185,7 +186,7 @@ def test_vmap(mesh, data):
     assert_same_bits("first", out[:, 0], np.asarray(mapped(mesh, "xla")(*data)))
 
 
-def test_bad_routing_is_an_error_and_initialize_recovers(mesh, data):
+def test_bad_routing_is_an_error_and_initialize_recovers(mesh, data, caplog):
     x, idx, weights = data
     f = jax.jit(mapped(mesh, "cuda"))
     want = np.asarray(f(*data))
@@ -197,6 +198,8 @@ def test_bad_routing_is_an_error_and_initialize_recovers(mesh, data):
         assert said in str(error)
     with pytest.raises(RuntimeError, match=said):
         jax_ep.check()
+    time.sleep(2)
+    assert said in caplog.text  # the watchdog's word
     with pytest.raises(jax.errors.JaxRuntimeError, match="initialize"):
         jax.block_until_ready(f(*data))
     jax_ep.initialize(mesh, timeout_s=10.0)
@@ -209,3 +212,37 @@ def test_without_initialize(data, mesh):
     with pytest.raises(jax.errors.JaxRuntimeError, match="call jax_ep.initialize"):
         jax.block_until_ready(f(*data))
     jax_ep.initialize(mesh, timeout_s=10.0)
+
+
+def absent_peer(mesh, implementation="cuda"):
+    """Rank 0 runs 60 operations, rank 1 none: a per-rank branch around a collective."""
+
+    def layers(x, idx, weights):
+        def one(h, _):
+            return layer(h, idx, weights, implementation) / 4, None
+
+        run_all = lambda h: lax.scan(one, h, None, length=20)[0]
+        return lax.cond(lax.axis_index("expert") == 0, run_all, lambda h: h, x)
+
+    return jax.shard_map(layers, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+
+
+@pytest.mark.parametrize("command_buffers", [True, False])
+def test_absent_peer_ends_in_an_error_in_time(mesh, data, command_buffers):
+    if mesh.size == 1:
+        pytest.skip("takes two ranks")
+    timeout_s = 2.0
+    jax_ep.finalize()
+    jax_ep.initialize(mesh, timeout_s=timeout_s)
+    options = {} if command_buffers else {"xla_gpu_enable_command_buffer": ""}
+    f = jax.jit(absent_peer(mesh)).lower(*data).compile(compiler_options=options)
+    start = time.monotonic()
+    with pytest.raises(
+        (RuntimeError, jax.errors.JaxRuntimeError), match="rank 0 gave up on rank 1"
+    ):
+        jax.block_until_ready(f(*data))
+        jax_ep.check()
+    assert time.monotonic() - start < 2 * timeout_s
+    jax_ep.initialize(mesh, timeout_s=10.0)
+    g = jax.jit(mapped(mesh, "cuda"))
+    assert_same_bits("again", g(*data), np.asarray(jax.jit(mapped(mesh, "xla"))(*data)))

@@ -143,6 +143,7 @@ class Op {
     __syncthreads();
     if (!last) return;
     if (broken()) {
+      if (threadIdx.x == 0) note_peer(Phase::kEntry);  // nobody may have waited
       revoke_leases();
       poison();
     }

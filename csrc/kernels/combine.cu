@@ -23,7 +23,8 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kWirePercent = 70;
+constexpr int kWirePercent = 70;       // of blocks, where there is more than one item for each warp
+constexpr int kSmallWirePercent = 50;  // where there is not
 enum Output { kPartials = 0, kScalars = 1 };
 
 struct Body {
@@ -255,9 +256,11 @@ template <typename T>
 __device__ void combine_body(const CombineParams& p) {
   const Op op(p.call);
   const int tokens = p.exchange.num_tokens, chunk = chunk_tokens(tokens, kMaxChunks);
-  const Body b{p, op,
-               split_roles(gridDim.x, op.R, p.wire_percent > 0 ? p.wire_percent : kWirePercent),
-               chunk, ceil_div(tokens, chunk)};
+  const int segments = ceil_div(p.hidden * int(sizeof(T)), kSegmentVecs * int(sizeof(Vec)));
+  const bool small = tokens * segments <= int(gridDim.x) * kWarps;
+  int percent = small ? kSmallWirePercent : kWirePercent;
+  if (p.wire_percent > 0) percent = p.wire_percent;
+  const Body b{p, op, split_roles(gridDim.x, op.R, percent), chunk, ceil_div(tokens, chunk)};
   if (!op.began_broken()) {
     if (blockIdx.x == 0) lend_outputs(op);
     if (int(blockIdx.x) < b.roles.wire) push_partials<T>(b);

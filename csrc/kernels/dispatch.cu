@@ -25,7 +25,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kWirePercent = 60;
+constexpr int kWirePercent = 44;
 enum Output { kRows = 0, kScales = 1, kScalars = 2 };
 
 // Up to 32 places that one row goes to: lane i holds the i-th.

@@ -74,10 +74,10 @@ struct alignas(128) Header {
   uint64_t generation;  // of the group: `initialize` counts it up and starts the epochs anew
   uint64_t timeout_ns;  // bound of every wait
   FaultRecord* record;  // this rank's, in host memory
-  // Counters of the running kernel; the last block to leave resets them.
-  uint32_t left;     // blocks that have left
-  uint32_t barrier;  // arrivals at the grid's meetings
-  uint32_t ticket;   // items of local work that have been taken
+  // Counters of the running kernel, each on a line of its own; the last block to leave resets them.
+  alignas(128) uint32_t left;     // blocks that have left
+  alignas(128) uint32_t barrier;  // arrivals at the grid's meetings
+  alignas(128) uint32_t ticket;   // items of local work that have been taken
 };
 
 // One named piece of the control block.

@@ -113,6 +113,7 @@ void a_peer_that_never_arrives(Scene& s) {
     }
   }
   EXPECT(s.all_nan(1));
+  EXPECT(is(s.fault(1), Fault::kPeer, Operation::kDispatch, 1, 0));
   s.restart();
   EXPECT(s.works());
 }
