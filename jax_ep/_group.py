@@ -22,6 +22,7 @@ from ._check import axis_tuple
 _groups: dict[str, Mesh] = {}
 _log = logging.getLogger("jax_ep")
 _WATCH_PERIOD_S = 1.0
+_starts: dict[str, int] = {}  # of each signature, counted alike in every process
 _generation: dict[str, int] = {}  # of each group's devices, counted alike in every process
 
 
@@ -83,6 +84,13 @@ def _groups_of(mesh: Mesh, axes: tuple[str, ...]) -> list[list[jax.Device]]:
 def _start(name: str, groups: list[list[jax.Device]], timeout_s: float) -> None:
     """Make or restart every group that has a device of this process."""
     me = jax.process_index()
+    _starts[name] = _starts.get(name, 0) + 1
+    everyone = [d for group in groups for d in group]
+    sharing = 1  # ranks on one GPU, which share its SMs
+    if any(d.process_index != me for d in everyone):
+        device = next(d.local_hardware_id for d in everyone if d.process_index == me)
+        meeting = _rendezvous.Meeting(f"{name}/{_starts[name]}", everyone)
+        sharing = _rendezvous.count_sharing(meeting, device)
     for group in groups:
         if all(d.process_index != me for d in group):
             continue
@@ -91,13 +99,13 @@ def _start(name: str, groups: list[list[jax.Device]], timeout_s: float) -> None:
         _generation[key] = _generation.get(key, 0) + 1
         is_new = _ffi.make_group(key, devices)
         if -1 not in devices:
-            _ffi.start_group(name, key, _generation[key], timeout_s, 1)
-        else:
-            meeting = _rendezvous.Meeting(f"{key}/{_generation[key]}", group)
-            sharing = _rendezvous.share_memory(meeting, key, devices, attach=is_new)
-            meeting.barrier("attached")
             _ffi.start_group(name, key, _generation[key], timeout_s, sharing)
-            meeting.barrier("started")  # nobody's kernel runs before every block is zero
+            continue
+        meeting = _rendezvous.Meeting(f"{key}/{_generation[key]}", group)
+        _rendezvous.share_memory(meeting, key, devices, attach=is_new)
+        meeting.barrier("attached")
+        _ffi.start_group(name, key, _generation[key], timeout_s, sharing)
+        meeting.barrier("started")  # nobody's kernel runs before every block is zero
 
 
 @functools.cache

@@ -29,10 +29,10 @@ SETUP_TIMEOUT_S = 120.0
 
 
 class Meeting:
-    """One round of exchange between the processes of one group."""
+    """One round of exchange between the processes of some devices."""
 
-    def __init__(self, name: str, group: list[jax.Device], timeout_s: float = SETUP_TIMEOUT_S):
-        self.processes = sorted({d.process_index for d in group})
+    def __init__(self, name: str, devices: list[jax.Device], timeout_s: float = SETUP_TIMEOUT_S):
+        self.processes = sorted({d.process_index for d in devices})
         self._prefix = f"jax_ep/{name}"
         self._timeout_ms = max(1, int(timeout_s * 1000))
         self._client = _jax_compat.key_value_client()
@@ -60,14 +60,21 @@ class Meeting:
             ) from error
 
     def barrier(self, name: str) -> None:
-        """Wait for all processes of the group."""
+        """Wait for all processes of the meeting."""
         self._client.wait_at_barrier(
             f"{self._prefix}/{name}", self._timeout_ms, process_ids=self.processes
         )
 
 
-def share_memory(meeting: Meeting, key: str, devices: list[int], *, attach: bool) -> int:
-    """Map every rank's control block and pool in every process; returns how many share a GPU.
+def count_sharing(meeting: Meeting, device: int) -> int:
+    """How many processes of the meeting use one GPU, at most."""
+    mine = dict(gpu=f"{_host()} {_ffi.device_bus_id(device)}")
+    gpus = [facts["gpu"] for facts in meeting.exchange(mine).values()]
+    return max(gpus.count(gpu) for gpu in gpus)
+
+
+def share_memory(meeting: Meeting, key: str, devices: list[int], *, attach: bool) -> None:
+    """Map every rank's control block and pool in every process.
 
     `devices` has -1 for ranks of other processes; one rank is here. `attach` is False if it was
     done in an earlier round.
@@ -78,7 +85,6 @@ def share_memory(meeting: Meeting, key: str, devices: list[int], *, attach: bool
     facts = dict(
         rank=rank,
         host=_host(),
-        gpu=_ffi.device_bus_id(device),
         address=address,
         attach=attach,
     )
@@ -99,8 +105,6 @@ def share_memory(meeting: Meeting, key: str, devices: list[int], *, attach: bool
                 if other["rank"] != rank:
                     _attach(key, other)
             server.join()
-    gpus = [other["gpu"] for other in everyone.values()]
-    return max(gpus.count(gpu) for gpu in gpus)
 
 
 def _check(everyone: dict[int, dict], mine: dict) -> None:

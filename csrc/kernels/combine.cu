@@ -21,7 +21,7 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 384;
 constexpr int kWarps = kThreads / 32;
 constexpr int kWirePercent = 70;       // of blocks, where there is more than one item for each warp
 constexpr int kSmallWirePercent = 50;  // where there is not
@@ -54,7 +54,8 @@ __device__ Rows rows_of(const CombineParams& p, size_t token, int row_bytes) {
   return r;
 }
 
-constexpr int kBatch = 4;  // Vecs of a lane: one segment of a row is 32 * kBatch Vecs
+constexpr int kItemsPerWarp = 4;
+constexpr int kBatch = 4;  // Vecs of a lane: one piece of a row is 32 * kBatch Vecs
 
 // kBatch Vecs of a row, of each lane; Vec j is at `base + 32 * j + lane`, absent from `last` on.
 struct Piece {
@@ -111,18 +112,35 @@ struct Sum {
   }
 };
 
-// The partial of one piece of a token's row, rounded to T; the next row is in flight while one is
-// added. All lanes of the warp take part.
-template <typename T>
-__device__ __forceinline__ Piece partial_of(const Rows& rows, bool weighted, int base, int last) {
-  Sum<T> sum;
-  Piece next = load_piece<false>(of_lane(rows.row, 0), base, last);
-  for (int k = 0; k < rows.count; ++k) {
-    const Piece piece = next;
-    if (k + 1 < rows.count) next = load_piece<false>(of_lane(rows.row, k + 1), base, last);
-    sum.add(piece, weighted, __shfl_sync(kAllLanes, rows.weight, k));
+// The partials of the pieces in [first, last) of a token's row, rounded to T: `emit(base, partial)`
+// for each. Two rows are in flight while one is added, across the borders of pieces too. All lanes
+// of the warp take part.
+template <typename T, typename Emit>
+__device__ __forceinline__ void for_partials(const Rows& rows, bool weighted, int first, int last,
+                                             Emit&& emit) {
+  int next_row = 0, next_base = first;
+  auto fetch = [&] {
+    Piece piece;
+    if (next_base < last) {
+      piece = load_piece<false>(of_lane(rows.row, next_row), next_base, last);
+      if (++next_row == rows.count) {
+        next_row = 0;
+        next_base += kSegmentVecs;
+      }
+    }
+    return piece;
+  };
+  Piece second = fetch(), third = fetch();
+  for (int base = first; base < last; base += kSegmentVecs) {
+    Sum<T> sum;
+    for (int k = 0; k < rows.count; ++k) {
+      const Piece piece = second;
+      second = third;
+      third = fetch();
+      sum.add(piece, weighted, __shfl_sync(kAllLanes, rows.weight, k));
+    }
+    emit(base, sum.rounded());
   }
-  return sum.rounded();
 }
 
 // Scalars of my rows of one of `source`'s tokens, to their pairs there.
@@ -143,11 +161,12 @@ __device__ void push_partials(const Body& b) {
   if (!borrow_outputs(b.op, peers)) return;
   const int T_ = p.exchange.num_tokens, others = b.op.R - 1, warps = b.roles.wire * kWarps;
   const int row_bytes = p.hidden * int(sizeof(T)), vecs = row_bytes / int(sizeof(Vec));
-  const int slots = partial_slots(p.exchange), segments = max_int(1, ceil_div(vecs, kSegmentVecs));
-  const int per_token = others * segments;
+  const int slots = partial_slots(p.exchange);
+  const Cut cut = cut_rows(vecs, T_ * others, kItemsPerWarp * warps / 2);
+  const int per_token = others * cut.segments;
   for (int i = blockIdx.x + b.roles.wire * (threadIdx.x / 32); i < T_ * per_token; i += warps) {
-    const int t = i / per_token, rest = i % per_token, segment = rest % segments;
-    const int source = (b.op.me + 1 + rest / segments) % b.op.R, chunk = t / b.chunk;
+    const int t = i / per_token, rest = i % per_token, segment = rest % cut.segments;
+    const int source = (b.op.me + 1 + rest / cut.segments) % b.op.R, chunk = t / b.chunk;
     const size_t token = size_t(source) * T_ + t;
     const uint64_t broken = b.op.broken_word();
     if (segment == 0 && p.row_scalars != nullptr) push_scalars(p, peers, source, token);
@@ -156,11 +175,14 @@ __device__ void push_partials(const Body& b) {
     if (rows.count > 0 && (slot + 1) * row_bytes > peers.bytes[source][kPartials]) {
       b.op.fail(Fault::kBounds, Phase::kRows, source, slot, peers.bytes[source][kPartials]);
     } else if (rows.count > 0) {
-      const int base = segment * kSegmentVecs;
-      const Piece partial = partial_of<T>(rows, p.weights != nullptr, base, vecs);
-      store_piece(peers.output[source][kPartials] + slot * row_bytes, base, vecs, partial);
+      const int first = segment * cut.segment_vecs;
+      char* to = peers.output[source][kPartials] + slot * row_bytes;
+      for_partials<T>(
+          rows, p.weights != nullptr, first, min_int(first + cut.segment_vecs, vecs),
+          [&](int base, const Piece& partial) { store_piece(to, base, vecs, partial); });
     }
-    finish_item(b.op, chunk, min_int(b.chunk, T_ - chunk * b.chunk) * segments, source, source + 1);
+    const int in_chunk = min_int(b.chunk, T_ - chunk * b.chunk) * cut.segments;
+    finish_item(b.op, chunk, in_chunk, source, source + 1);
     if (broken != 0) return;
   }
 }
@@ -195,23 +217,32 @@ __device__ Partials partials_of(const Body& b, int t, int row_bytes) {
   return all;
 }
 
-// One piece of the sum of token t. The own partial is in registers before the peers' are awaited.
+// Vecs [first, last) of the sum of token t. The first own partial is in registers before the peers'
+// are awaited. False: give up.
 template <typename T>
-__device__ bool sum_piece(const Body& b, int t, int base) {
+__device__ bool sum_segment(const Body& b, int t, int first, int last) {
   const CombineParams& p = b.p;
-  const int row_bytes = p.hidden * int(sizeof(T)), vecs = row_bytes / int(sizeof(Vec));
+  const int row_bytes = p.hidden * int(sizeof(T));
   const Partials all = partials_of(b, t, row_bytes);
   const Rows rows = rows_of(p, size_t(b.op.me) * p.exchange.num_tokens + t, row_bytes);
-  Piece own = {};
-  if (rows.count > 0) own = partial_of<T>(rows, p.weights != nullptr, base, vecs);
-  if (!await_chunk(b.op, t / b.chunk, 0, b.op.R)) return false;
-  Sum<T> sum;
-  for (int i = 0; i < all.count; ++i) {
-    const char* partial = of_lane(all.partial, i);
-    sum.add(partial == nullptr ? own : load_piece<true>(partial, base, vecs), false, 1.0f);
+  bool awaited = false, arrived = true;
+  auto finish = [&](int base, const Piece& own) {
+    if (!awaited) arrived = await_chunk(b.op, t / b.chunk, 0, b.op.R);
+    awaited = true;
+    if (!arrived) return;
+    Sum<T> sum;
+    for (int i = 0; i < all.count; ++i) {
+      const char* partial = of_lane(all.partial, i);
+      sum.add(partial == nullptr ? own : load_piece<true>(partial, base, last), false, 1.0f);
+    }
+    store_piece(p.out + size_t(t) * row_bytes, base, last, sum.rounded());
+  };
+  if (rows.count > 0) {
+    for_partials<T>(rows, p.weights != nullptr, first, last, finish);
+  } else {
+    for (int base = first; base < last; base += kSegmentVecs) finish(base, Piece{});
   }
-  store_piece(p.out + size_t(t) * row_bytes, base, vecs, sum.rounded());
-  return true;
+  return arrived;
 }
 
 // Scalars of my pairs whose rows are here, and zero for pairs without a row.
@@ -231,18 +262,17 @@ __device__ void return_own_scalars(const CombineParams& p, int me, int t) {
 template <typename T>
 __device__ void sum_tokens(const Body& b) {
   const CombineParams& p = b.p;
-  const int vecs = p.hidden * int(sizeof(T)) / int(sizeof(Vec));
-  const int segments = max_int(1, ceil_div(vecs, kSegmentVecs));
+  const int tokens = p.exchange.num_tokens, vecs = p.hidden * int(sizeof(T)) / int(sizeof(Vec));
+  const Cut cut = cut_rows(vecs, tokens, kItemsPerWarp * int(gridDim.x) * kWarps / 2);
   const int warp = local_warp(b.roles, blockIdx.x, gridDim.x, threadIdx.x / 32, kWarps);
   Tickets tickets(b.op, warp, b.roles.local * kWarps);
-  for (int i; (i = tickets.take(p.exchange.num_tokens * segments)) >= 0;) {
-    const int t = i / segments, segment = i % segments;
+  for (int i; (i = tickets.take(tokens * cut.segments)) >= 0;) {
+    const int t = i / cut.segments, segment = i % cut.segments, first = segment * cut.segment_vecs;
     if (segment == 0 && p.row_scalars != nullptr) return_own_scalars(p, b.op.me, t);
-    if (p.y != nullptr) {
-      if (!sum_piece<T>(b, t, segment * kSegmentVecs)) return;
-    } else if (!await_chunk(b.op, t / b.chunk, 0, b.op.R)) {
-      return;
-    }
+    const bool arrived = p.y != nullptr
+                             ? sum_segment<T>(b, t, first, min_int(first + cut.segment_vecs, vecs))
+                             : await_chunk(b.op, t / b.chunk, 0, b.op.R);
+    if (!arrived) return;
   }
 }
 
