@@ -21,7 +21,7 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kThreads = 384;
+constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
 constexpr int kWirePercent = 70;       // of blocks, where there is more than one item for each warp
 constexpr int kSmallWirePercent = 50;  // where there is not
@@ -54,7 +54,7 @@ __device__ Rows rows_of(const CombineParams& p, size_t token, int row_bytes) {
   return r;
 }
 
-constexpr int kItemsPerWarp = 4;
+constexpr int kItemsPerWarp = 16;
 constexpr int kBatch = 4;  // Vecs of a lane: one piece of a row is 32 * kBatch Vecs
 
 // kBatch Vecs of a row, of each lane; Vec j is at `base + 32 * j + lane`, absent from `last` on.
@@ -130,13 +130,12 @@ __device__ __forceinline__ void for_partials(const Rows& rows, bool weighted, in
     }
     return piece;
   };
-  Piece second = fetch(), third = fetch();
+  Piece next = fetch();
   for (int base = first; base < last; base += kSegmentVecs) {
     Sum<T> sum;
     for (int k = 0; k < rows.count; ++k) {
-      const Piece piece = second;
-      second = third;
-      third = fetch();
+      const Piece piece = next;
+      next = fetch();
       sum.add(piece, weighted, __shfl_sync(kAllLanes, rows.weight, k));
     }
     emit(base, sum.rounded());
