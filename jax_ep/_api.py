@@ -2,6 +2,7 @@
 """The public `dispatch` and `combine`."""
 
 import math
+from typing import cast
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -20,6 +21,7 @@ from ._types import (
     Plan,
     Spec,
     Wire,
+    WireKind,
 )
 
 _PLAN, _DISPATCH, _COMBINE = REMAT_NAMES
@@ -146,7 +148,8 @@ def dispatch(
         tokens, topk_idx, topk_weights, scales = _vary_alike(
             spec, tokens, topk_idx, topk_weights, scales
         )
-    wire = Wire(deliver if wire_dtype is not None and scales is None else "copy", scale_format)
+    kind = cast(WireKind, deliver if wire_dtype is not None and scales is None else "copy")
+    wire = Wire(kind, scale_format)
     return _dispatch(spec, tokens, scales, topk_idx, topk_weights, wire)
 
 

@@ -6,6 +6,7 @@ The calls are pure and carry everything static as attributes; the handlers find 
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +54,7 @@ def dispatch(values: dict[str, Array], maps: Plan, *, spec: Spec, wire: Wire) ->
     quantized = wire.kind == "quantized"
     dtype = jnp.float8_e4m3fn if quantized else tokens.dtype
     _check_row_bytes("x", hidden * jnp.dtype(dtype).itemsize)
-    types = [((spec.rows, hidden), dtype)]
+    types: list[tuple[tuple[int, ...], Any]] = [((spec.rows, hidden), dtype)]
     if "scales" in values or quantized:
         types.append(((spec.rows, hidden // SCALE_BLOCK), jnp.float32))
     if "scalars" in values:
@@ -74,7 +75,7 @@ def dispatch(values: dict[str, Array], maps: Plan, *, spec: Spec, wire: Wire) ->
 def combine(values: dict[str, Array], maps: Plan, *, spec: Spec) -> tuple[Array, ...]:
     """Values named rows, weights, scalars, to tokens and scalars of pairs."""
     slots = min(spec.num_ranks - 1, spec.top_k)
-    types = []
+    types: list[tuple[tuple[int, ...], Any]] = []
     if "rows" in values:
         rows = values["rows"]
         hidden = rows.shape[-1]

@@ -3,6 +3,7 @@
 
 import functools
 import importlib.util
+from typing import Any
 
 import jax
 
@@ -11,6 +12,7 @@ NOT_BUILT = (
     "shows it), or this checkout was never installed"
 )
 
+_ext: Any
 try:
     from jax_ep import _ext  # pyright: ignore[reportAttributeAccessIssue]
 except ImportError as error:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from . import _ffi, _rendezvous
 from ._check import axis_tuple
+from ._jax_compat import Device
 
 _groups: dict[str, Mesh] = {}
 _log = logging.getLogger("jax_ep")
@@ -73,7 +74,7 @@ def initialize(mesh: Mesh, axis_name="expert", *, timeout_s: float = 60.0) -> No
     _groups[name] = mesh
 
 
-def _groups_of(mesh: Mesh, axes: tuple[str, ...]) -> list[list[jax.Device]]:
+def _groups_of(mesh: Mesh, axes: tuple[str, ...]) -> list[list[Device]]:
     """Devices of each group along `axes`, in rank order."""
     others = [axis for axis in mesh.axis_names if axis not in axes]
     order = [mesh.axis_names.index(axis) for axis in (*others, *axes)]
@@ -81,7 +82,7 @@ def _groups_of(mesh: Mesh, axes: tuple[str, ...]) -> list[list[jax.Device]]:
     return np.transpose(mesh.devices, order).reshape(-1, num_ranks).tolist()
 
 
-def _start(name: str, groups: list[list[jax.Device]], timeout_s: float) -> None:
+def _start(name: str, groups: list[list[Device]], timeout_s: float) -> None:
     """Make or restart every group that has a device of this process."""
     me = jax.process_index()
     _starts[name] = _starts.get(name, 0) + 1

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one module that knows JAX versions (0.10.2 and newer)."""
 
+from typing import Any
+
 import jax
 from jax import lax
 from jax._src import distributed
 from jax.sharding import AxisType
+
+Device = Any  # what jax.devices() lists; jax.Device is a variable to type checkers
 
 
 def varying_axes(x) -> frozenset[str]:
@@ -40,6 +44,6 @@ def partition_of(x) -> list[tuple[str, ...]]:
     return [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
 
 
-def key_value_client():
+def key_value_client() -> Any:
     """The key-value store of `jax.distributed.initialize`; None before it."""
     return distributed.global_state.client

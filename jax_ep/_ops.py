@@ -6,6 +6,7 @@ They see one rank's block inside `shard_map`. Gradients are one layer up, in `_g
 
 import functools
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,7 @@ def _dispatch_types(*operands, spec: Spec, wire: Wire, kinds: tuple[str, ...], f
     tokens, quantized = operands[0], wire.kind == "quantized"
     hidden = tokens.shape[-1]
     dtype = jnp.float8_e4m3fn if quantized else tokens.dtype
-    types = {"tokens": ((spec.rows, hidden), dtype)}
+    types: dict[str, tuple[tuple[int, ...], Any]] = {"tokens": ((spec.rows, hidden), dtype)}
     if "scales" in kinds or quantized:
         types["scales"] = ((spec.rows, hidden // SCALE_BLOCK), jnp.float32)
     if "scalars" in kinds:

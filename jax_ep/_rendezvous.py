@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from . import _ffi, _jax_compat
+from ._jax_compat import Device
 
 # Settings of XLA's allocator whose memory cannot be mapped once by other processes.
 _UNSHARED = {
@@ -31,7 +32,7 @@ SETUP_TIMEOUT_S = 120.0
 class Meeting:
     """One round of exchange between the processes of some devices."""
 
-    def __init__(self, name: str, devices: list[jax.Device], timeout_s: float = SETUP_TIMEOUT_S):
+    def __init__(self, name: str, devices: list[Device], timeout_s: float = SETUP_TIMEOUT_S):
         self.processes = sorted({d.process_index for d in devices})
         self._prefix = f"jax_ep/{name}"
         self._timeout_ms = max(1, int(timeout_s * 1000))

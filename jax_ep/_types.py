@@ -9,6 +9,7 @@ from jax import Array
 
 Layout = Literal["ragged", "batched"]
 Implementation = Literal["cuda", "xla"]
+WireKind = Literal["copy", "quantized", "dequantized"]
 
 #: Names under which results are saved by `jax.checkpoint` policies such as
 #: `jax.checkpoint_policies.save_only_these_names(*jax_ep.REMAT_NAMES)`: with all of them
@@ -79,7 +80,7 @@ class Spec:
 class Wire:
     """What happens to a token's row on its way."""
 
-    kind: Literal["copy", "quantized", "dequantized"] = "copy"
+    kind: WireKind = "copy"
     scale_format: str = "float32"
 
 
