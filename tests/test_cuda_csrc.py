@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The C++ tests on GPUs: random exchanges against the host, faults, and the sanitizers.
+
+They are built with CMake, or taken from the folder that JAX_EP_CSRC_BUILD names.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+ROOT = pathlib.Path(__file__).parent.parent
+SINGLE_LAUNCH = ["--single-launch", "--small"]
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory):
+    """Folder of the built programs."""
+    if given := os.environ.get("JAX_EP_CSRC_BUILD"):
+        return pathlib.Path(given).resolve()
+    folder = tmp_path_factory.mktemp("csrc")
+    options = ["-DJAX_EP_TESTS=ON", "-DJAX_EP_CUDA_ARCHITECTURES=native"]
+    subprocess.run(["cmake", "-S", ROOT, "-B", folder, *options], check=True, timeout=120)
+    subprocess.run(["cmake", "--build", folder, "-j"], check=True, timeout=600)
+    return folder
+
+
+def run(*command, timeout_s=90):
+    environment = os.environ | {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}  # a hardware queue each rank
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=timeout_s, env=environment
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("how", [[], ["--single-launch"]], ids=["streams", "single launch"])
+def test_exchange_on_one_gpu(build, ranks, how):
+    options = ["--cases", 20, "--ranks", ranks, "--seed", 10 + ranks, *how]
+    assert "20 cases, 0 differences" in run(build / "exchange_test", *options)
+
+
+@pytest.mark.multi
+def test_exchange_on_two_gpus(build):
+    out = run(build / "exchange_test", "--cases", 60, "--devices", 2, "--seed", 3)
+    assert "60 cases, 0 differences" in out
+
+
+def test_faults(build):
+    assert "0 failures" in run(build / "fault_test")
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_sanitizer(build, tool):
+    if shutil.which("compute-sanitizer") is None:
+        pytest.fail("expected compute-sanitizer of the CUDA toolkit")
+    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", 9]
+    run(*command, build / "exchange_test", "--cases", 12, "--seed", 5, *SINGLE_LAUNCH)
