@@ -159,6 +159,25 @@ def test_many_runs_give_the_same_bits(mesh, data):
     assert_same_bits("again", out, first)
 
 
+@pytest.mark.parametrize("command_buffers", [True, False])
+def test_independent_exchanges_in_one_program(mesh, data, command_buffers):
+    """XLA may not run two operations of a group at once, though nothing orders them."""
+    x, idx, weights = data
+
+    def both(implementation):
+        f = mapped(mesh, implementation)
+
+        def step(i, x):
+            a, b = f(x, (idx + i) % E, weights), f(-x, (idx + 3 * i) % E, weights)
+            return (a + 2 * b) / 8
+
+        loop = jax.jit(lambda x: lax.fori_loop(0, 50, step, x))
+        options = {} if command_buffers else {"xla_gpu_enable_command_buffer": ""}
+        return np.asarray(loop.lower(x).compile(compiler_options=options)(x))
+
+    assert_same_bits("both", both("cuda"), both("xla"))
+
+
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_global_view(mesh, axis_type):
     mesh = make_mesh((mesh.size,), axis_type=axis_type)

@@ -34,7 +34,9 @@ struct Borrowed {
   int failed;
 };
 
-// By every block that pushes, all threads: take the lease of every peer. False: give up.
+// By every block that has something to push, all threads: take the lease of every peer. False: give
+// up. A block without a push must not wait here: nobody waits for it, so a peer may be an operation
+// ahead and have overwritten what it would wait for.
 __device__ inline bool borrow_outputs(const Op& op, Borrowed& b) {
   if (threadIdx.x == 0) b.failed = 0;
   __syncthreads();

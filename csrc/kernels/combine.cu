@@ -157,12 +157,12 @@ template <typename T>
 __device__ void push_partials(const Body& b) {
   __shared__ Borrowed peers;
   const CombineParams& p = b.p;
-  if (!borrow_outputs(b.op, peers)) return;
   const int T_ = p.exchange.num_tokens, others = b.op.R - 1, warps = b.roles.wire * kWarps;
   const int row_bytes = p.hidden * int(sizeof(T)), vecs = row_bytes / int(sizeof(Vec));
   const int slots = partial_slots(p.exchange);
   const Cut cut = cut_rows(vecs, T_ * others, kItemsPerWarp * warps / 2);
   const int per_token = others * cut.segments;
+  if (int(blockIdx.x) >= T_ * per_token || !borrow_outputs(b.op, peers)) return;
   for (int i = blockIdx.x + b.roles.wire * (threadIdx.x / 32); i < T_ * per_token; i += warps) {
     const int t = i / per_token, rest = i % per_token, segment = rest % cut.segments;
     const int source = (b.op.me + 1 + rest / cut.segments) % b.op.R, chunk = t / b.chunk;

@@ -228,10 +228,10 @@ template <Wire W, typename T>
 __device__ void push_tokens(const Body& b) {
   __shared__ Borrowed peers;
   const DispatchParams& p = b.p;
-  if (!borrow_outputs(b.op, peers)) return;
   const int tokens = p.exchange.num_tokens, warps = b.roles.wire * kWarps;
   const int vecs = row_vecs<W, T>(p);
   const Cut cut = cut_rows(vecs, tokens, warps);
+  if (int(blockIdx.x) >= tokens * cut.segments || !borrow_outputs(b.op, peers)) return;
   // Blocks first: the early items, so the early chunks, are spread over all of them.
   for (int i = blockIdx.x + b.roles.wire * (threadIdx.x / 32); i < tokens * cut.segments;
        i += warps) {
