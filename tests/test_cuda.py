@@ -11,7 +11,7 @@ import pytest
 from cases import FP8, assert_matches, assert_same_bits, flat, inputs, reference, run
 from conftest import make_mesh
 from jax import lax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
@@ -265,3 +265,43 @@ def test_absent_peer_ends_in_an_error_in_time(mesh, data, command_buffers):
     jax_ep.initialize(mesh, timeout_s=10.0)
     g = jax.jit(mapped(mesh, "cuda"))
     assert_same_bits("again", g(*data), np.asarray(jax.jit(mapped(mesh, "xla"))(*data)))
+
+
+def test_a_permuted_mesh_has_its_own_ranks(mesh):
+    jax_ep.finalize()
+    permuted = Mesh(mesh.devices[::-1], mesh.axis_names, axis_types=(AxisType.Auto,))
+    jax_ep.initialize(permuted)
+    x, idx, weights = inputs(7, R=mesh.size, T=40, H=256, K=4, E=E)
+    got = run(x, idx, weights, mesh=permuted, implementation="cuda", num_experts=E)
+    assert_matches(got, reference(x, idx, weights, num_experts=E))
+    if mesh.size > 1:
+        with pytest.raises(ValueError, match="exists with another device order"):
+            jax_ep.initialize(mesh)
+    jax_ep.finalize()
+
+
+def test_groups_made_and_destroyed_again_and_again(mesh, data):
+    f = jax.jit(mapped(mesh, "cuda"))
+    want = np.asarray(f(*data))
+    for _ in range(30):
+        jax_ep.finalize()
+        jax_ep.initialize(mesh, timeout_s=10.0)
+        assert_same_bits("again", f(*data), want)
+
+
+def test_export(mesh, data):
+    f = jax.jit(mapped(mesh, "cuda"))
+    names = ("jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine")
+    checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in names]
+    exported = jax.export.export(f, disabled_checks=checks)(*data)
+    again = jax.export.deserialize(exported.serialize())
+    assert_same_bits("exported", jax.jit(again.call)(*data), np.asarray(f(*data)))
+
+
+def test_donation(mesh, data):
+    x, idx, weights = data
+    want = np.asarray(jax.jit(mapped(mesh, "cuda"))(x, idx, weights))
+    donated = jax.device_put(np.asarray(x), x.sharding)
+    out = jax.jit(mapped(mesh, "cuda"), donate_argnums=0)(donated, idx, weights)
+    assert_same_bits("donated", out, want)
+    assert donated.is_deleted()
