@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -141,7 +142,8 @@ def _dispatch_xla(*operands, spec: Spec, wire: Wire, kinds: tuple[str, ...], for
     del forward
     values, maps = _split(operands, kinds)
     if wire.kind != "copy":
-        q, scales = _fp8.quantize(values["tokens"], wire.scale_format)
+        # The barrier keeps XLA from taking the way to fp8 and back for excess precision.
+        q, scales = lax.optimization_barrier(_fp8.quantize(values["tokens"], wire.scale_format))
         if wire.kind == "quantized":
             values = {**values, "tokens": q, "scales": scales}
         else:

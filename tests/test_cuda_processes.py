@@ -66,7 +66,8 @@ CACHED = """
 import jax, numpy as np
 from jax.sharding import PartitionSpec as P
 import jax_ep
-mesh = jax.make_mesh((len(jax.devices()),), ("expert",))
+auto = (jax.sharding.AxisType.Auto,)
+mesh = jax.make_mesh((len(jax.devices()),), ("expert",), axis_types=auto)
 jax_ep.initialize(mesh)
 def f(x, idx):
     d = jax_ep.dispatch(x, idx, num_experts=8, zero_tail=True)

@@ -144,3 +144,11 @@ def test_what_the_kernels_cannot_do_is_an_error(shapes, message):
     f = lambda *a: jax_ep.dispatch(*a, num_experts=64).tokens
     with pytest.raises(ValueError, match=message):
         cuda_module(f, make_mesh(), *args)
+
+
+def test_xla_does_not_lose_the_way_to_fp8():
+    """XLA:GPU drops f32 -> fp8 -> f32 for excess precision unless something stands between."""
+    f = lambda *a: jax_ep.dispatch(*a, num_experts=16, wire_dtype=jnp.float8_e4m3fn).tokens
+    mapped = jax.shard_map(f, mesh=make_mesh(), in_specs=P("expert"), out_specs=P("expert"))
+    module = jax.jit(mapped).lower(*SHAPES).as_text()
+    assert re.search(r"optimization_barrier %\w+, %\w+ : tensor<2x256xf8E4M3FN>", module)
