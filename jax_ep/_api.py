@@ -13,6 +13,7 @@ from . import _check, _grad, _group, _jax_compat, _view
 from ._layout import num_rows
 from ._types import (
     REMAT_NAMES,
+    SCALE_BLOCK,
     Config,
     Dispatched,
     Handle,
@@ -100,6 +101,14 @@ def dispatch(
     split, hidden_axes = (axes, ())
     if in_global_view:
         split, hidden_axes = _split_axes(tokens, axes, batch_axes, mesh)
+        parts = _check.size(mesh, hidden_axes)
+        if (wire_dtype is not None or scales is not None) and tokens.shape[-1] % (
+            parts * SCALE_BLOCK
+        ):
+            raise ValueError(
+                f"x: expected shards of H in multiples of {SCALE_BLOCK} channels for fp8, got "
+                f"{tokens.shape[-1]} split {parts} ways over {hidden_axes}"
+            )
     elif batch_axes is not None:
         raise ValueError(f"batch_axes: expected None inside shard_map, got {batch_axes!r}")
     batch_shape, top_k = tokens.shape[:-1], topk_idx.shape[-1]

@@ -3,11 +3,15 @@
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
 
+import pytest
+
 import jax_ep
+from jax_ep import _ffi, _info
 
 
 def command(*args):
@@ -35,6 +39,12 @@ def test_info():
     else:
         assert facts["implementations"] == ["xla"]
         assert any("CUDA kernels: not in this build" in m for m in facts["missing"])
+
+
+@pytest.mark.skipif(not _ffi.has_cuda(), reason="this build found no nvcc")
+def test_documented_control_block_is_the_one_in_the_code():
+    page = pathlib.Path(__file__).parent.parent / "docs" / "control_block.md"
+    assert "\n".join(_info.control_block(8)) in page.read_text()
 
 
 def test_unknown_command():

@@ -113,6 +113,24 @@ def test_hidden_shards_stay(axis_type):
     assert_matches((d, out), reference(x, idx, weights, num_experts=E))
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("hidden", [256, 128])
+def test_fp8_and_hidden_shards(axis_type, hidden):
+    """A shard may not cut a block of 128 channels: gathered on Auto, an error on Explicit meshes."""
+    mesh = make_mesh((4, 2), ("expert", "tensor"), axis_type)
+    x, idx, weights = inputs(53, R=4, T=T, H=hidden, K=3, E=E, dtype="bfloat16")
+    with jax.set_mesh(mesh):
+        on = jax.device_put(flat(x), NamedSharding(mesh, P("expert", "tensor")))
+        rest = [jax.device_put(flat(a), NamedSharding(mesh, P("expert"))) for a in (idx, weights)]
+        f = jax.jit(lambda *a: layer(*a, wire_dtype=FP8))
+        if hidden == 128 and axis_type == AxisType.Explicit:
+            with pytest.raises(ValueError, match="shards of H in multiples of 128 .* split 2 ways"):
+                f(on, *rest)
+            return
+        got = f(on, *rest)
+    assert_matches(got, reference(x, idx, weights, num_experts=E, wire_dtype=FP8))
+
+
 def test_one_device():
     mesh = make_mesh((1,))
     x, idx, weights = inputs(51, R=1, T=T, H=H, K=3, E=E)
