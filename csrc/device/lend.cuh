@@ -70,6 +70,7 @@ __device__ inline void finish_item(const Op& op, int chunk, uint32_t items, int 
   if (lane_id() == 0)
     complete = add_acq_rel_gpu(pushed, 1) + 1 == items;  // gathers all warps' pushes
   if (!__shfl_sync(kAllLanes, complete, 0)) return;
+  __syncwarp();  // what the first lane has gathered, before any lane's flag
   if (lane_id() == 0) *pushed = 0;
   for (int p = first + lane_id(); p < last; p += 32) {
     if (p != op.me)
@@ -84,6 +85,7 @@ __device__ inline bool await_chunk(const Op& op, int chunk, int first, int last)
     if (p != op.me)
       arrived &= op.await(op.block(op.me).done(p, chunk), p, Phase::kRows);  // acquires
   }
+  __syncwarp();  // what one lane has acquired, all lanes may read
   return __all_sync(kAllLanes, arrived);
 }
 

@@ -89,6 +89,7 @@ __device__ void rank_tile(const PlanParams& p, const Op& op, const Scratch& s, i
     arrived = op.await(op.block(op.me).plan_flag(parity, source, tile % per_rank), source,
                        Phase::kRouting);
   }
+  __syncwarp();  // what the first lane has acquired, all lanes may read
   if (!__shfl_sync(kAllLanes, arrived, 0)) return;
   for (int e = lane; e < E; e += 32) seen[e] = 0;
   __syncwarp();
