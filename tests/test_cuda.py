@@ -125,6 +125,26 @@ def test_gradients_equal_those_of_xla(mesh, data):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), got, want)
 
 
+def test_expert_gradients_ignore_what_the_tail_holds(mesh, data):
+    """The tail of the rows is not zero here: grouped products must not let it into gradients."""
+    x, idx, weights = data
+    w = jax.random.normal(jax.random.key(0), (E, 256, 256)) / 16
+
+    def loss(implementation, x, w):
+        def layer(x, idx, weights, w):
+            d = jax_ep.dispatch(
+                x, idx, weights, num_experts=E, implementation=implementation, expert_alignment=8
+            )
+            y = lax.ragged_dot(d.tokens, w, d.group_sizes)
+            return jax_ep.combine(y, d.handle, weights=d.weights)
+
+        f = jax.shard_map(layer, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+        return (f(x, idx, weights, w) ** 2).sum()
+
+    got, want = (jax.jit(jax.grad(lambda x, w, i=i: loss(i, x, w), (0, 1)))(x, w) for i in ("cuda", "xla"))  # fmt: skip
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), got, want)
+
+
 def test_loops_with_changing_routing(mesh, data):
     x, idx, weights = data
 
