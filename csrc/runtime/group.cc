@@ -203,16 +203,6 @@ void Group::release() noexcept {
   records_ = nullptr;
 }
 
-int Group::rank_of(int device) const {
-  int rank = -1;
-  for (int r = 0; r < num_ranks(); ++r) {
-    if (devices_[r] != device) continue;
-    if (rank >= 0) return -1;
-    rank = r;
-  }
-  return rank;
-}
-
 bool Group::locate(int rank, const void* pointer, Location* out) const {
   const auto* p = static_cast<const char*>(pointer);
   if (!spans_processes_) {

@@ -39,9 +39,6 @@ class Group {
   int ranks_per_device() const { return ranks_per_device_; }
   bool spans_processes() const { return spans_processes_; }
 
-  // Rank of a device; -1 if it is in no rank or in several.
-  int rank_of(int device) const;
-
   // What rank r's kernels need to know of the group.
   const Peers& peers(int rank) const { return peers_[rank]; }
 

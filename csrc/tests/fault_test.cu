@@ -5,22 +5,13 @@
 #include <chrono>
 #include <functional>
 
+#include "expect.h"
 #include "semantics.h"
 
 namespace jax_ep {
 namespace {
 
 constexpr double kTimeout = 0.4;
-int failures = 0;
-
-#define EXPECT(condition)                                                  \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::printf("%s:%d: expected %s\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                          \
-    }                                                                      \
-  } while (0)
-
 Case two_ranks() {
   std::mt19937 rng(3);
   Case c;

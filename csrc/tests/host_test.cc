@@ -8,19 +8,10 @@
 
 #include "../layout/control.h"
 #include "../plan/host_plan.h"
+#include "expect.h"
 
 namespace jax_ep {
 namespace {
-
-int failures = 0;
-
-#define EXPECT(condition)                                                  \
-  do {                                                                     \
-    if (!(condition)) {                                                    \
-      std::printf("%s:%d: expected %s\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                          \
-    }                                                                      \
-  } while (0)
 
 void control_fields_do_not_overlap() {
   for (int R : {1, 2, 8, 64}) {
