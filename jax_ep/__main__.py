@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m jax_ep info` and `python -m jax_ep demo`."""
+"""`python -m jax_ep info`, `python -m jax_ep demo` and `python -m jax_ep bench`."""
 
 import argparse
 import sys
@@ -17,7 +17,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     demo.add_argument("--steps", type=_positive(int), help="stop after this many, unjudged")
     demo.add_argument("--out", default="demo.png", help="where the picture goes (demo.png)")
+    bench = commands.add_parser("bench", help="time dispatch and combine beside XLA's collectives")
+    bench.add_argument(
+        "--workload",
+        choices=["prefill", "decode", "training", "smoke"],
+        nargs="+",
+        default=["prefill", "decode", "training"],
+        help="sizes to run (all but smoke)",
+    )
+    bench.add_argument(
+        "--sms", type=_positive(int), nargs="*", default=[48], help="also with so many SMs (48)"
+    )
+    bench.add_argument("--json", metavar="FILE", help="keep the results")
+    bench.add_argument("--plot", metavar="FILE", help="a picture of time against SMs")
     args = parser.parse_args(argv)
+    if args.command == "bench":
+        if args.plot and not args.sms:
+            parser.error("--plot: expected some --sms, got none")
+        from . import _bench
+
+        return _bench.main(args.workload, args.sms, args.json, args.plot)
     if args.command == "demo":
         from . import _demo
 
