@@ -21,9 +21,10 @@ from jax.sharding import PartitionSpec as P
 
 import jax_ep
 
-from . import _ffi
+from . import _info
 
 FP8 = jnp.float8_e4m3fn
+CONDITIONS = "default capacity, tail not zeroed, plan within dispatch, loops of 10 under jit"
 LOOP, REPEATS = 10, 100  # operations in one timed program, and how often it runs
 
 
@@ -188,7 +189,8 @@ class Bench:
 
         def step(i, carry, a, b, x, weights):
             d = self.dispatch(jnp.where(i % 2 == 0, a, b), x, weights, **options)
-            return carry + d.tokens[:1, 0].astype(jnp.float32) + d.weights[:1]
+            row_weights = jnp.asarray(d.weights)
+            return carry + d.tokens[:1, 0].astype(jnp.float32) + row_weights[:1]
 
         moved = Traffic.of(pair[0], work).dispatch_bytes(work, wire_row, row)
         self.time(name, step, *self.on_device(pair), self.x, self.weights, moved=moved)
@@ -317,21 +319,21 @@ def plot(path: str, results: dict, sms: list[int]) -> None:
 def main(workloads: list[str], sms: list[int], json_path: str | None, plot_path: str | None) -> int:
     """Run the workloads, print tables, keep JSON and a plot if asked."""
     devices = [d.device_kind for d in jax.devices()]
+    versions = {key: _info.facts()[key] for key in ("jax_ep", "python", "jax", "jaxlib", "build")}
     results = {}
     for name in workloads:
         bench = Bench(name)
         print(f"\n{name}: {bench.work}, {bench.R} ranks on {', '.join(sorted(set(devices)))}")
-        print(f"jax {jax.__version__}, default capacity, tail not zeroed, plan within dispatch")
+        print(f"jax {versions['jax']}, {CONDITIONS}")
         bench.run(sms)
         results[name] = bench.results
     if json_path:
         facts = dict(
             command=" ".join(["python -m jax_ep", *sys.argv[1:]]),
             devices=devices,
-            jax=jax.__version__,
-            build=_ffi.build_facts(),
+            versions=versions,
             workloads={name: dataclasses.asdict(WORKLOADS[name]) for name in workloads},
-            conditions="default capacity, tail not zeroed; plan within dispatch; " + __doc__,
+            conditions=CONDITIONS,
             results=results,
         )
         with open(json_path, "w") as file:
