@@ -16,7 +16,7 @@ from jax import Array
 from . import _ffi, _jax_compat
 from ._types import SCALE_BLOCK, Plan, Spec, Wire
 
-MAX_RANKS, MAX_TOP_K, MAX_EXPERTS, MAX_PAIRS = 64, 32, 32767, 65536
+MAX_RANKS, MAX_TOP_K, MAX_EXPERTS, MAX_PAIRS = 64, 32, 3072, 65536
 _WIRE_KINDS = {"copy": 0, "quantized": 1, "dequantized": 2}
 
 

@@ -23,7 +23,7 @@ from ._jax_compat import Device
 _groups: dict[str, Mesh] = {}
 _log = logging.getLogger("jax_ep")
 _WATCH_PERIOD_S = 1.0
-_starts: dict[str, int] = {}  # of each signature, counted alike in every process
+_calls: dict[str, int] = {}  # of initialize for each signature, alike in every process
 _generation: dict[str, int] = {}  # of each group's devices, counted alike in every process
 
 
@@ -68,8 +68,9 @@ def initialize(mesh: Mesh, axis_name="expert", *, timeout_s: float = 60.0) -> No
             "Call jax_ep.finalize() first."
         )
     on_gpus = all(d.platform in ("gpu", "cuda") for d in mesh.devices.flat)
-    if on_gpus and _ffi.has_cuda() and (known is None or _ffi.is_broken(name)):
-        _start(name, _groups_of(mesh, axes), float(timeout_s))
+    if on_gpus and _ffi.has_cuda():
+        restart = known is None or _ffi.is_broken(name)
+        _start(name, _groups_of(mesh, axes), float(timeout_s), restart)
         _watch()
     _groups[name] = mesh
 
@@ -82,16 +83,18 @@ def _groups_of(mesh: Mesh, axes: tuple[str, ...]) -> list[list[Device]]:
     return np.transpose(mesh.devices, order).reshape(-1, num_ranks).tolist()
 
 
-def _start(name: str, groups: list[list[Device]], timeout_s: float) -> None:
-    """Make or restart every group that has a device of this process."""
+def _start(name: str, groups: list[list[Device]], timeout_s: float, restart: bool) -> None:
+    """Make or restart every group that has a device of this process, if any process wants it."""
     me = jax.process_index()
-    _starts[name] = _starts.get(name, 0) + 1
     everyone = [d for group in groups for d in group]
     sharing = 1  # ranks on one GPU, which share its SMs
     if any(d.process_index != me for d in everyone):
+        _calls[name] = _calls.get(name, 0) + 1
         device = next(d.local_hardware_id for d in everyone if d.process_index == me)
-        meeting = _rendezvous.Meeting(f"{name}/{_starts[name]}", everyone)
-        sharing = _rendezvous.count_sharing(meeting, device)
+        meeting = _rendezvous.Meeting(f"{name}/{_calls[name]}", everyone)
+        sharing, restart = _rendezvous.agree(meeting, device, restart)
+    if not restart:
+        return
     for group in groups:
         if all(d.process_index != me for d in group):
             continue

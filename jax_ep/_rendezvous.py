@@ -67,11 +67,12 @@ class Meeting:
         )
 
 
-def count_sharing(meeting: Meeting, device: int) -> int:
-    """How many processes of the meeting use one GPU, at most."""
-    mine = dict(gpu=f"{_host()} {_ffi.device_bus_id(device)}")
-    gpus = [facts["gpu"] for facts in meeting.exchange(mine).values()]
-    return max(gpus.count(gpu) for gpu in gpus)
+def agree(meeting: Meeting, device: int, restart: bool) -> tuple[int, bool]:
+    """How many processes of the meeting use one GPU, at most, and whether any wants to restart."""
+    mine = dict(gpu=f"{_host()} {_ffi.device_bus_id(device)}", restart=restart)
+    everyone = meeting.exchange(mine).values()
+    gpus = [facts["gpu"] for facts in everyone]
+    return max(gpus.count(gpu) for gpu in gpus), any(facts["restart"] for facts in everyone)
 
 
 def share_memory(meeting: Meeting, key: str, devices: list[int], *, attach: bool) -> None:

@@ -73,6 +73,22 @@ bool enter(const Attributes& a, Operation operation, Checker& checker, Call* cal
   return true;
 }
 
+// The kernels' limits: Python keeps them too, but an exported program may come from elsewhere.
+bool within_limits(const Exchange& x, Checker& checker) {
+  const bool ok = x.num_ranks >= 1 && x.num_ranks <= kMaxRanks && x.num_experts >= 1 &&
+                  x.num_experts <= kMaxExperts && x.num_experts % x.num_ranks == 0 &&
+                  x.top_k >= 1 && x.top_k <= kMaxTopK && x.num_tokens >= 1 && x.alignment >= 1 &&
+                  int64_t{x.num_tokens} * x.top_k <= kMaxPairs;
+  if (!ok) {
+    checker.fail("expected at most " + std::to_string(kMaxRanks) + " ranks that divide at most " +
+                 std::to_string(kMaxExperts) + " experts, top_k up to " + std::to_string(kMaxTopK) +
+                 " and 1 to " + std::to_string(kMaxPairs) + " pairs, got " +
+                 std::to_string(x.num_ranks) + ", " + std::to_string(x.num_experts) + ", " +
+                 std::to_string(x.top_k) + ", " + std::to_string(int64_t{x.num_tokens} * x.top_k));
+  }
+  return ok;
+}
+
 Signature signature_of(const Attributes& a, Operation operation) {
   const Exchange& x = a.exchange;
   Signature s;
@@ -123,6 +139,7 @@ Attributes attributes(std::string_view group, int64_t num_ranks, int64_t num_exp
 ffi::Error plan(cudaStream_t stream, const Attributes& a, ffi::RemainingArgs args,
                 ffi::RemainingRets results) {
   Checker checker("jax_ep_plan");
+  if (!within_limits(a.exchange, checker)) return checker.error();
   Buffers buffers(args, results, checker);
   const Exchange& x = a.exchange;
   const int64_t T = x.num_tokens, K = x.top_k, all = int64_t{x.num_ranks} * T;
@@ -151,6 +168,7 @@ ffi::Error dispatch(cudaStream_t stream, const Attributes& a, int64_t wire, bool
                     bool zero_tail, bool has_scales, bool has_scalars, ffi::RemainingArgs args,
                     ffi::RemainingRets results) {
   Checker checker("jax_ep_dispatch");
+  if (!within_limits(a.exchange, checker)) return checker.error();
   Buffers buffers(args, results, checker);
   const Exchange& x = a.exchange;
   const int64_t T = x.num_tokens, K = x.top_k, rows = x.num_rows;
@@ -162,6 +180,11 @@ ffi::Error dispatch(cudaStream_t stream, const Attributes& a, int64_t wire, bool
     return checker.error();
   }
   const Wire how = static_cast<Wire>(wire);
+  if ((how != Wire::kCopy || has_scales) && H % kScaleBlock != 0) {
+    checker.fail("x: expected a hidden size that is a multiple of 128 for fp8, got " +
+                 std::to_string(H));
+    return checker.error();
+  }
   const bool scales_out = has_scales || how == Wire::kQuantized;
   const ffi::DataType row_type = how == Wire::kQuantized ? ffi::DataType::F8E4M3FN : type;
   const int64_t S = H / kScaleBlock;
@@ -203,6 +226,7 @@ ffi::Error dispatch(cudaStream_t stream, const Attributes& a, int64_t wire, bool
 ffi::Error combine(cudaStream_t stream, const Attributes& a, bool has_rows, bool has_weights,
                    bool has_scalars, ffi::RemainingArgs args, ffi::RemainingRets results) {
   Checker checker("jax_ep_combine");
+  if (!within_limits(a.exchange, checker)) return checker.error();
   Buffers buffers(args, results, checker);
   const Exchange& x = a.exchange;
   const int64_t T = x.num_tokens, K = x.top_k, rows = x.num_rows;

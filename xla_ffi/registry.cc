@@ -16,9 +16,10 @@ struct Entry {
 };
 
 struct Registry {
-  std::mutex mutex;
-  std::map<std::string, std::unique_ptr<Group>> groups;  // by key; never erased
-  std::map<std::string, Entry, std::less<>> in_use;      // by signature
+  std::mutex setup;  // held while a group is made or started, which may wait for the devices
+  std::map<std::string, std::unique_ptr<Group>> groups;  // by key; never erased; under `setup`
+  std::mutex mutex;                                      // never held while waiting
+  std::map<std::string, Entry, std::less<>> in_use;      // by signature; under `mutex`
 
   Group& group(const std::string& key) {
     const auto found = groups.find(key);
@@ -42,15 +43,15 @@ std::string join(const std::vector<int>& v) {
 
 bool make_group(const std::string& key, const std::vector<int>& devices) {
   Registry& r = registry();
-  const std::lock_guard<std::mutex> lock(r.mutex);
-  if (r.groups.count(key) != 0) return false;
-  r.groups[key] = std::make_unique<Group>(devices);
-  return true;
+  const std::lock_guard<std::mutex> lock(r.setup);
+  std::unique_ptr<Group>& group = r.groups[key];
+  if (group == nullptr) group = std::make_unique<Group>(devices);
+  return !group->complete();
 }
 
 ExportedRank export_rank(const std::string& key, int rank, uint64_t in_pool) {
   Registry& r = registry();
-  const std::lock_guard<std::mutex> lock(r.mutex);
+  const std::lock_guard<std::mutex> lock(r.setup);
   Group& group = r.group(key);
   return {group.export_control(rank),
           group.export_pool(rank, reinterpret_cast<const void*>(in_pool))};
@@ -59,16 +60,19 @@ ExportedRank export_rank(const std::string& key, int rank, uint64_t in_pool) {
 void attach_rank(const std::string& key, int rank, int control_fd, uint64_t control_bytes,
                  int pool_fd, uint64_t pool_bytes) {
   Registry& r = registry();
-  const std::lock_guard<std::mutex> lock(r.mutex);
+  const std::lock_guard<std::mutex> lock(r.setup);
   r.group(key).attach(rank, control_fd, control_bytes, pool_fd, pool_bytes);
 }
 
 void start_group(const std::string& signature, const std::string& key, uint64_t generation,
                  double timeout_s, int ranks_per_device) {
   Registry& r = registry();
-  const std::lock_guard<std::mutex> lock(r.mutex);
+  const std::lock_guard<std::mutex> setup(r.setup);
   Group& group = r.group(key);
+  if (!group.complete())
+    throw std::runtime_error("group " + key + " lacks ranks of other processes");
   group.reset(generation, timeout_s, ranks_per_device);
+  const std::lock_guard<std::mutex> lock(r.mutex);
   Entry& entry = r.in_use[signature];
   entry.groups.insert(&group);
   for (int rank = 0; rank < group.num_ranks(); ++rank) {
@@ -79,10 +83,13 @@ void start_group(const std::string& signature, const std::string& key, uint64_t 
 
 bool is_broken(const std::string& signature) {
   Registry& r = registry();
-  const std::lock_guard<std::mutex> lock(r.mutex);
-  const auto entry = r.in_use.find(signature);
-  if (entry == r.in_use.end()) return false;
-  for (const Group* group : entry->second.groups) {
+  std::set<Group*> groups;
+  {
+    const std::lock_guard<std::mutex> lock(r.mutex);
+    const auto entry = r.in_use.find(signature);
+    if (entry != r.in_use.end()) groups = entry->second.groups;
+  }
+  for (const Group* group : groups) {
     if (group->broken()) return true;
   }
   return false;

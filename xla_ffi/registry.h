@@ -16,7 +16,8 @@ struct Member {
   int rank = -1;
 };
 
-// The group called `key`, made if it is new: see Group's constructor. True if it is new.
+// The group called `key`, made if it is new: see Group's constructor. True while ranks of other
+// processes are still to be attached.
 bool make_group(const std::string& key, const std::vector<int>& devices);
 
 // What another process needs of a rank here: descriptor and bytes of its control block, and of the

@@ -34,14 +34,14 @@ struct Borrowed {
   int failed;
 };
 
-// By every block that has something to push, all threads: take the lease of every peer. False: give
-// up. A block without a push must not wait here: nobody waits for it, so a peer may be an operation
-// ahead and have overwritten what it would wait for.
-__device__ inline bool borrow_outputs(const Op& op, Borrowed& b) {
+// By every block that pushes, all threads: take the leases of the peers in `to`, a set of bits.
+// False: give up. A block must have a push for each of them: else that peer does not wait for it,
+// may be an operation ahead, and may have overwritten what the block would wait for.
+__device__ inline bool borrow_outputs(const Op& op, Borrowed& b, uint64_t to) {
   if (threadIdx.x == 0) b.failed = 0;
   __syncthreads();
   for (int p = threadIdx.x; p < op.R; p += blockDim.x) {
-    if (p == op.me) continue;
+    if (p == op.me || !(to >> p & 1)) continue;
     const Ready& ready = op.block(op.me).ready(p);
     bool taken = op.await(&ready.tag, p, Phase::kReady);  // acquires what `lend_outputs` published
     if (taken) {

@@ -63,7 +63,13 @@ class Op {
 
   // Plans that were complete, and whether some rank had failed, when this operation began.
   __device__ uint64_t plans() const { return plans_; }
-  __device__ bool began_broken() const { return was_broken_ != 0; }
+  // By all threads of a block, with one answer for all: what follows has block barriers.
+  __device__ bool began_broken() const {
+    if (blockIdx.x == 0 && threadIdx.x == 0 && atomicExch(&header().busy, 1u) != 0) {
+      fail(Fault::kBusy, Phase::kEntry, me, 0, tag);
+    }
+    return __syncthreads_or(was_broken_ != 0);
+  }
 
   // Whether some rank has failed; then every wait gives up and results are poison.
   __device__ bool broken() const { return load_relaxed(&header().broken) != 0; }
@@ -128,6 +134,7 @@ class Op {
           break;
         }
       }
+      if (met && broken()) met = false;  // who gave up has not done its part
     }
     __syncthreads();
     return met;
@@ -137,12 +144,15 @@ class Op {
   // broken and completes the epoch. The next kernel on the stream sees it.
   template <typename Poison>
   __device__ void leave(Poison&& poison) const {
-    __shared__ bool last;
+    __shared__ bool last, failed;  // decided once: what follows has block barriers
     __syncthreads();
-    if (threadIdx.x == 0) last = add_acq_rel_gpu(&header().left, 1) + 1 == gridDim.x;
+    if (threadIdx.x == 0) {
+      last = add_acq_rel_gpu(&header().left, 1) + 1 == gridDim.x;
+      failed = last && broken();
+    }
     __syncthreads();
     if (!last) return;
-    if (broken()) {
+    if (failed) {
       if (threadIdx.x == 0) note_peer(Phase::kEntry);  // nobody may have waited
       revoke_leases();
       poison();
@@ -152,6 +162,7 @@ class Op {
       mine.left = 0;
       mine.barrier = 0;
       mine.ticket = 0;
+      mine.busy = 0;
       mine.epoch = epoch_;
       if (call.operation == Operation::kPlan) mine.plans = plans_ + 1;
     }
@@ -181,7 +192,7 @@ class Op {
       if (call.operation == Operation::kPlan) continue;
       const uint64_t was = cas_acq_rel_sys(block(me).lease(p), tag, tag | kRevoked);
       const uint64_t start = now_ns(), bound = header().timeout_ns / 2;
-      while (was == (tag | kTaken) && load_acquire_sys(block(me).left(p)) != tag &&
+      while (was == (tag | kTaken) && load_acquire_sys(block(me).left(p)) >> 24 < tag >> 24 &&
              now_ns() - start < bound) {
       }
     }

@@ -153,6 +153,21 @@ __device__ void push_scalars(const CombineParams& p, const Borrowed& peers, int 
   reinterpret_cast<float*>(peers.output[source][kScalars])[pair] = p.row_scalars[row];
 }
 
+// The ranks that this block has something to push to, as bits: its items repeat after `per_token`.
+__device__ uint64_t sources_of_block(const Body& b, int per_token, int segments) {
+  __shared__ unsigned long long sources;
+  if (threadIdx.x == 0) sources = 0;
+  __syncthreads();
+  for (int j = threadIdx.x; j < per_token; j += kThreads) {
+    const int64_t item = blockIdx.x + int64_t{j} * b.roles.wire;
+    if (item >= int64_t{b.p.exchange.num_tokens} * per_token) continue;
+    const int other = int(item % per_token) / segments;
+    atomicOr(&sources, 1ull << ((b.op.me + 1 + other) % b.op.R));
+  }
+  __syncthreads();
+  return sources;
+}
+
 template <typename T>
 __device__ void push_partials(const Body& b) {
   __shared__ Borrowed peers;
@@ -162,7 +177,8 @@ __device__ void push_partials(const Body& b) {
   const int slots = partial_slots(p.exchange);
   const Cut cut = cut_rows(vecs, T_ * others, kItemsPerWarp * warps / 2);
   const int per_token = others * cut.segments;
-  if (int(blockIdx.x) >= T_ * per_token || !borrow_outputs(b.op, peers)) return;
+  if (int(blockIdx.x) >= T_ * per_token) return;
+  if (!borrow_outputs(b.op, peers, sources_of_block(b, per_token, cut.segments))) return;
   for (int i = blockIdx.x + b.roles.wire * (threadIdx.x / 32); i < T_ * per_token; i += warps) {
     const int t = i / per_token, rest = i % per_token, segment = rest % cut.segments;
     const int source = (b.op.me + 1 + rest / cut.segments) % b.op.R, chunk = t / b.chunk;
@@ -182,7 +198,7 @@ __device__ void push_partials(const Body& b) {
     }
     const int in_chunk = min_int(b.chunk, T_ - chunk * b.chunk) * cut.segments;
     finish_item(b.op, chunk, in_chunk, source, source + 1);
-    if (broken != 0) return;
+    if (__any_sync(kAllLanes, broken != 0)) return;
   }
 }
 
@@ -334,6 +350,17 @@ cudaError_t launch_combine(const CombineParams* params, Element y, const Launch&
       break;
   }
   return cudaErrorInvalidValue;
+}
+
+cudaError_t load_combine() {
+  cudaFuncAttributes attributes;
+  for (const void* kernel : {reinterpret_cast<const void*>(&combine_kernel<__nv_bfloat16>),
+                             reinterpret_cast<const void*>(&combine_kernel<__half>),
+                             reinterpret_cast<const void*>(&combine_kernel<float>)}) {
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace jax_ep

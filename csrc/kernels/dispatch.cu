@@ -12,8 +12,8 @@
 //
 // One copy of a token crosses the link per destination rank. Rows are written by exactly one party:
 // a first row by its source, the others by the receiver, padding by the receiver. Wire blocks never
-// wait for local blocks, of any rank, and join them when they have pushed; they come first in the
-// grid, so they are resident first.
+// wait for local blocks, of any rank, before they have pushed; then they join them. They come first
+// in the grid, so they are resident first, and all of them must be, sooner or later.
 // A launch ends when every chunk of every source has been awaited: then nobody else writes here.
 #include "../device/lend.cuh"
 #include "../device/rows.cuh"
@@ -231,7 +231,9 @@ __device__ void push_tokens(const Body& b) {
   const int tokens = p.exchange.num_tokens, warps = b.roles.wire * kWarps;
   const int vecs = row_vecs<W, T>(p);
   const Cut cut = cut_rows(vecs, tokens, warps);
-  if (int(blockIdx.x) >= tokens * cut.segments || !borrow_outputs(b.op, peers)) return;
+  if (int(blockIdx.x) >= tokens * cut.segments || !borrow_outputs(b.op, peers, ~uint64_t{0})) {
+    return;  // every push signals every peer
+  }
   // Blocks first: the early items, so the early chunks, are spread over all of them.
   for (int i = blockIdx.x + b.roles.wire * (threadIdx.x / 32); i < tokens * cut.segments;
        i += warps) {
@@ -246,7 +248,7 @@ __device__ void push_tokens(const Body& b) {
     }
     const int in_chunk = min_int(b.chunk, tokens - chunk * b.chunk) * cut.segments;
     finish_item(b.op, chunk, in_chunk, 0, b.op.R);
-    if (broken != 0) return;
+    if (__any_sync(kAllLanes, broken != 0)) return;
   }
 }
 
@@ -412,6 +414,22 @@ cudaError_t launch_dispatch(const DispatchParams* params, Element x, Wire wire, 
       break;
   }
   return cudaErrorInvalidValue;
+}
+
+cudaError_t load_dispatch() {
+  cudaFuncAttributes attributes;
+  for (const void* kernel :
+       {reinterpret_cast<const void*>(&dispatch_kernel<Wire::kCopy, float>),
+        reinterpret_cast<const void*>(&dispatch_kernel<Wire::kQuantized, __nv_bfloat16>),
+        reinterpret_cast<const void*>(&dispatch_kernel<Wire::kQuantized, __half>),
+        reinterpret_cast<const void*>(&dispatch_kernel<Wire::kQuantized, float>),
+        reinterpret_cast<const void*>(&dispatch_kernel<Wire::kDequantized, __nv_bfloat16>),
+        reinterpret_cast<const void*>(&dispatch_kernel<Wire::kDequantized, __half>),
+        reinterpret_cast<const void*>(&dispatch_kernel<Wire::kDequantized, float>)}) {
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace jax_ep

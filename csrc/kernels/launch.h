@@ -103,6 +103,12 @@ struct Launch {
   int all_ranks;  // 0, or the number of ranks
 };
 
+// Load every variant on the current device: lazily, the first launch would wait for running
+// kernels.
+cudaError_t load_plan();
+cudaError_t load_dispatch();
+cudaError_t load_combine();
+
 cudaError_t launch_plan(const PlanParams* params, const Exchange& e, const Launch& how);
 cudaError_t launch_dispatch(const DispatchParams* params, Element x, Wire wire, int hidden,
                             const Launch& how);

@@ -364,4 +364,13 @@ cudaError_t launch_plan(const PlanParams* params, const Exchange& e, const Launc
   return cudaPeekAtLastError();
 }
 
+cudaError_t load_plan() {
+  cudaFuncAttributes attributes;
+  for (const void* kernel : {reinterpret_cast<const void*>(&plan_kernel)}) {
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 }  // namespace jax_ep

@@ -15,9 +15,9 @@ namespace jax_ep {
 
 constexpr int kMaxRanks = 64;
 constexpr int kMaxTopK = 32;
-constexpr int kMaxExperts = 32767;  // routing travels as int16
-constexpr int kMaxPairs = 65536;    // T*K of one rank
-constexpr int kTilePairs = 256;     // pairs that one warp ranks
+constexpr int kMaxExperts = 3072;  // routing travels as int16
+constexpr int kMaxPairs = 65536;   // T*K of one rank
+constexpr int kTilePairs = 256;    // pairs that one warp ranks
 constexpr int kMaxTiles = kMaxPairs / kTilePairs;
 constexpr int kMaxChunks = 256;     // done flags of one source in one operation
 constexpr int kMaxOutputs = 3;      // buffers of one operation that peers write
@@ -50,7 +50,8 @@ enum class Fault : uint32_t {
   kRouting = 3,   // topk_idx outside [-1, E)
   kBounds = 4,    // a push would have left the peer's buffer
   kRevoked = 5,   // this rank came after the peer had given up
-  kPeer = 6,      // a peer reported one of these
+  kBusy = 6,      // two operations of the group at once on this rank
+  kPeer = 7,      // a peer reported one of these
 };
 
 enum class Phase : uint32_t { kRouting = 0, kReady = 1, kRows = 2, kGrid = 3, kEntry = 4 };
@@ -78,6 +79,7 @@ struct alignas(128) Header {
   alignas(128) uint32_t left;     // blocks that have left
   alignas(128) uint32_t barrier;  // arrivals at the grid's meetings
   alignas(128) uint32_t ticket;   // items of local work that have been taken
+  alignas(128) uint32_t busy;     // an operation is running
 };
 
 // One named piece of the control block.

@@ -104,6 +104,10 @@ Group::Group(std::vector<int> devices) : devices_(std::move(devices)) {
             "cudaHostAlloc of fault records");
     own_pool_.resize(R);
     for (int device : here) {
+      OnDevice on(device);
+      require(load_plan(), "loading the plan kernel");
+      require(load_dispatch(), "loading the dispatch kernels");
+      require(load_combine(), "loading the combine kernels");
       control_[device].resize(R);
       pool_[device].resize(R);
     }
@@ -147,6 +151,16 @@ void Group::attach(int rank, int control_fd, size_t control_bytes, int pool_fd, 
     control[rank] = import_allocation(control_fd, control_bytes, device).base;
     pool_[device][rank] = import_allocation(pool_fd, pool_bytes, device).base;
   }
+}
+
+bool Group::complete() const {
+  for (const auto& [device, control] : control_) {
+    for (int r = 0; r < num_ranks(); ++r) {
+      if (control[r] == nullptr) return false;
+      if (spans_processes_ && pool_.at(device)[r] == nullptr) return false;
+    }
+  }
+  return true;
 }
 
 void Group::reset(uint64_t generation, double timeout_s, int ranks_per_device) {
@@ -274,6 +288,8 @@ std::string Group::describe_fault() const {
              ", whose buffer has " + std::to_string(first.wanted) + " bytes";
     case Fault::kRevoked:
       return where + who + " came after " + whom + " had given up on it";
+    case Fault::kBusy:
+      return where + who + " began while another operation of the group was running on its GPU";
     case Fault::kPeer:
       return where + who + " stopped because " + whom + " reported a failure";
   }

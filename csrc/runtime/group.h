@@ -29,6 +29,9 @@ class Group {
   Exported export_pool(int rank, const void* in_pool);
   void attach(int rank, int control_fd, size_t control_bytes, int pool_fd, size_t pool_bytes);
 
+  // Whether every rank is here or attached.
+  bool complete() const;
+
   // Start generation number `generation`: epochs from 0, no failure. No operation may run, of any
   // process; `ranks_per_device` of the group share a GPU.
   void reset(uint64_t generation, double timeout_s, int ranks_per_device);
