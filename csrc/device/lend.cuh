@@ -2,11 +2,15 @@
 // Lending output buffers: a receiver publishes where its peers may write in this operation, a
 // sender takes the lease before its first push. Locations become addresses here and nowhere else.
 //
-//   receiver r: lease[s] = OPEN (own block)  ->  ready[r] of s = {locations, sizes, tag}   (push)
-//   sender   s: await ready[r]  ->  compare-and-swap r's lease[s]: OPEN -> TAKEN           (one
+//   receiver r         lease[s] = OPEN (own block)  ->  ready[r] of s = {locations, sizes, tag}
+//   sender s, block 0  await ready[r]  ->  compare-and-swap r's lease[s]: OPEN -> TAKEN (one
 //   flight)
+//                      ->  borrowed[r] (own block)
+//   its other blocks   await borrowed[r]
 //
-// All blocks of a sender take the same lease; finding it taken by this operation is as good.
+// One block takes the leases, as a hundred swaps of one word on a peer would take turns. Nobody
+// pushes or signals before all leases are taken: so no peer can be done with the operation, and
+// overwrite `ready` by the next one, while block 0 awaits it.
 #pragma once
 #include "op.cuh"
 #include "warp.cuh"
@@ -34,20 +38,25 @@ struct Borrowed {
   int failed;
 };
 
-// By every block that pushes, all threads: take the leases of the peers in `to`, a set of bits.
-// False: give up. A block must have a push for each of them: else that peer does not wait for it,
-// may be an operation ahead, and may have overwritten what the block would wait for.
-__device__ inline bool borrow_outputs(const Op& op, Borrowed& b, uint64_t to) {
+// By every block that pushes, all threads: all peers' outputs. False: give up.
+__device__ inline bool borrow_outputs(const Op& op, Borrowed& b) {
   if (threadIdx.x == 0) b.failed = 0;
   __syncthreads();
   for (int p = threadIdx.x; p < op.R; p += blockDim.x) {
-    if (p == op.me || !(to >> p & 1)) continue;
+    if (p == op.me) continue;
     const Ready& ready = op.block(op.me).ready(p);
-    bool taken = op.await(&ready.tag, p, Phase::kReady);  // acquires what `lend_outputs` published
-    if (taken) {
-      const uint64_t was = cas_acq_rel_sys(op.block(p).lease(op.me), op.tag, op.tag | kTaken);
-      taken = was == op.tag || was == (op.tag | kTaken);
-      if (!taken) op.fail(Fault::kRevoked, Phase::kReady, p, was, op.tag);
+    uint64_t* borrowed = op.block(op.me).borrowed(p);
+    bool taken;
+    if (blockIdx.x == 0) {
+      taken = op.await(&ready.tag, p, Phase::kReady);  // acquires what `lend_outputs` published
+      if (taken) {
+        const uint64_t was = cas_acq_rel_sys(op.block(p).lease(op.me), op.tag, op.tag | kTaken);
+        taken = was == op.tag;
+        if (!taken) op.fail(Fault::kRevoked, Phase::kReady, p, was, op.tag);
+      }
+      if (taken) store_release_gpu(borrowed, op.tag);  // passes it on to the other blocks
+    } else {
+      taken = op.await_block([&] { return load_acquire_gpu(borrowed) == op.tag; });  // acquires it
     }
     if (!taken) b.failed = 1;
     for (int i = 0; i < kMaxOutputs && taken; ++i) {

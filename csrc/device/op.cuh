@@ -24,6 +24,9 @@ class Block {
   __device__ uint32_t* pushed(int peer, int chunk) const {
     return reinterpret_cast<uint32_t*>(base_ + at_.pushed) + peer * kMaxChunks + chunk;
   }
+  __device__ uint64_t* borrowed(int peer) const {
+    return reinterpret_cast<uint64_t*>(base_ + at_.borrowed) + peer;
+  }
   __device__ uint64_t* lease(int peer) const {
     return reinterpret_cast<uint64_t*>(base_ + at_.lease) + peer;
   }
@@ -47,15 +50,90 @@ class Block {
   int R_;
 };
 
+__device__ inline Header& header_of(const Call& call) {
+  return Block(call.peers, call.peers.rank).header();
+}
+
+// What follows is rare, or waits anyway: out of line, so that the kernels' loops stay in the
+// instruction cache.
+
+__device__ __noinline__ inline void record_fault(const Call& call, Fault fault, Phase phase,
+                                                 int awaited, uint64_t seen, uint64_t wanted) {
+  FaultRecord& r = *header_of(call).record;
+  r.operation = static_cast<uint32_t>(call.operation);
+  r.phase = static_cast<uint32_t>(phase);
+  r.rank = call.peers.rank;
+  r.awaited = awaited;
+  r.seen = seen;
+  r.wanted = wanted;
+  __threadfence_system();  // the host reads `fault` first
+  *reinterpret_cast<volatile uint32_t*>(&r.fault) = static_cast<uint32_t>(fault);
+}
+
+// A peer failed first: say so once, for this rank's `check`.
+__device__ __noinline__ inline void report_peer(const Call& call, Phase phase) {
+  const Header& mine = header_of(call);
+  const int who = static_cast<int>(load_relaxed(&mine.broken)) - 1;
+  if (who == call.peers.rank || *reinterpret_cast<volatile uint32_t*>(&mine.record->fault) != 0) {
+    return;
+  }
+  record_fault(call, Fault::kPeer, phase, who, 0, 0);
+}
+
+__device__ __noinline__ inline void report_failure(const Call& call, Fault fault, Phase phase,
+                                                   int awaited, uint64_t seen, uint64_t wanted) {
+  const int me = call.peers.rank;
+  if (cas_acq_rel_sys(&header_of(call).broken, 0, 1 + me) != 0) {
+    report_peer(call, phase);
+    return;
+  }
+  record_fault(call, fault, phase, awaited, seen, wanted);
+  for (int p = 0; p < call.peers.num_ranks; ++p) {
+    if (p != me) cas_acq_rel_sys(&Block(call.peers, p).header().broken, 0, 1 + me);
+  }
+}
+
+__device__ __noinline__ inline bool await_longer(const Call& call, uint64_t tag,
+                                                 const uint64_t* word, int from, Phase phase) {
+  const Header& mine = header_of(call);
+  const uint64_t start = now_ns(), bound = mine.timeout_ns;
+  for (;;) {
+    uint64_t seen;
+    for (int i = 0; i < 32; ++i) {
+      seen = load_acquire_sys(word);
+      if (seen == tag) return true;
+    }
+    if (load_relaxed(&mine.broken) != 0) {
+      report_peer(call, phase);
+      return false;
+    }
+    const bool other = seen >> 24 == tag >> 24;
+    if (other || now_ns() - start > bound) {
+      report_failure(call, other ? Fault::kMismatch : Fault::kTimeout, phase, from, seen, tag);
+      return false;
+    }
+  }
+}
+
 class Op {
  public:
+  // By all threads of a block: one of them reads the header, so that not every thread of the GPU
+  // asks for the same line.
   __device__ explicit Op(const Call& call)
       : call(call), me(call.peers.rank), R(call.peers.num_ranks) {
-    const Header& mine = header();  // one line of memory: the four loads are in flight together
-    epoch_ = load_relaxed(&mine.epoch) + 1;
-    plans_ = load_relaxed(&mine.plans);
-    was_broken_ = load_relaxed(&mine.broken);
-    tag = make_tag(load_relaxed(&mine.generation), epoch_, call.signature);
+    __shared__ uint64_t epoch, plans, broken, generation;
+    if (threadIdx.x == 0) {
+      const Header& mine = header();  // the four loads are in flight together
+      epoch = load_relaxed(&mine.epoch) + 1;
+      plans = load_relaxed(&mine.plans);
+      broken = load_relaxed(&mine.broken);
+      generation = load_relaxed(&mine.generation);
+    }
+    __syncthreads();
+    epoch_ = epoch;
+    plans_ = plans;
+    was_broken_ = broken;
+    tag = make_tag(generation, epoch_, call.signature);
   }
 
   __device__ Block block(int rank) const { return Block(call.peers, rank); }
@@ -63,12 +141,13 @@ class Op {
 
   // Plans that were complete, and whether some rank had failed, when this operation began.
   __device__ uint64_t plans() const { return plans_; }
-  // By all threads of a block, with one answer for all: what follows has block barriers.
+  // With one answer for all threads of a block: what follows has block barriers.
   __device__ bool began_broken() const {
-    if (blockIdx.x == 0 && threadIdx.x == 0 && atomicExch(&header().busy, 1u) != 0) {
+    // The second warp: the first has more urgent things to do.
+    if (blockIdx.x == 0 && threadIdx.x == 32 && atomicExch(&header().busy, 1u) != 0) {
       fail(Fault::kBusy, Phase::kEntry, me, 0, tag);
     }
-    return __syncthreads_or(was_broken_ != 0);
+    return was_broken_ != 0;
   }
 
   // Whether some rank has failed; then every wait gives up and results are poison.
@@ -78,66 +157,44 @@ class Op {
   __device__ uint64_t broken_word() const { return load_relaxed(&header().broken); }
 
   // Wait until `*word`, which rank `from` releases, is this operation's tag. False: give up.
-  __device__ bool await(const uint64_t* word, int from, Phase phase) const {
-    uint64_t seen = load_acquire_sys(word);
-    if (seen == tag) return true;
-    const uint64_t start = now_ns(), bound = header().timeout_ns;
-    for (;;) {
-      for (int i = 0; i < 32; ++i) {
-        seen = load_acquire_sys(word);
-        if (seen == tag) return true;
-      }
-      if (broken()) {
-        note_peer(phase);
-        return false;
-      }
-      if (seen >> 24 == tag >> 24) {
-        fail(Fault::kMismatch, phase, from, seen, tag);
-        return false;
-      }
-      if (now_ns() - start > bound) {
-        fail(Fault::kTimeout, phase, from, seen, tag);
-        return false;
-      }
-    }
+  __device__ __forceinline__ bool await(const uint64_t* word, int from, Phase phase) const {
+    return load_acquire_sys(word) == tag || await_longer(call, tag, word, from, phase);
   }
 
   // Record the first failure of this rank and tell all peers that the group is broken.
-  __device__ void fail(Fault fault, Phase phase, int awaited, uint64_t seen,
-                       uint64_t wanted) const {
-    Header& mine = header();
-    if (cas_acq_rel_sys(&mine.broken, 0, 1 + me) != 0) {
-      note_peer(phase);
-      return;
-    }
-    record(fault, phase, awaited, seen, wanted);
-    for (int p = 0; p < R; ++p) {
-      if (p != me) cas_acq_rel_sys(&block(p).header().broken, 0, 1 + me);
-    }
+  __device__ __forceinline__ void fail(Fault fault, Phase phase, int awaited, uint64_t seen,
+                                       uint64_t wanted) const {
+    report_failure(call, fault, phase, awaited, seen, wanted);
   }
 
-  // All blocks of this rank's launch meet; the n-th meeting, counted from 1. False: give up. Who
-  // waits for a peer meanwhile gives up first, and names it.
+  // All blocks of this rank's launch meet; the n-th meeting, counted from 1. False: give up.
   __device__ bool meet(int n) const {
     __shared__ bool met;
     __syncthreads();
     if (threadIdx.x == 0) {
       uint32_t* arrivals = &header().barrier;
       const uint32_t all = n * gridDim.x;
-      met = add_acq_rel_gpu(arrivals, 1) + 1 == all;  // publishes this block's writes
-      const uint64_t start = now_ns(), bound = header().timeout_ns / 4 * 5;
-      while (!met) {
-        met = load_acquire_gpu(arrivals) >= all;  // sees every block's writes
-        if (!met && broken()) break;
-        if (!met && now_ns() - start > bound) {
-          fail(Fault::kTimeout, Phase::kGrid, me, load_acquire_gpu(arrivals), all);
-          break;
-        }
-      }
+      met = add_acq_rel_gpu(arrivals, 1) + 1 == all ||  // publishes this block's writes
+            await_block([&] { return load_acquire_gpu(arrivals) >= all; });  // sees every block's
       if (met && broken()) met = false;  // who gave up has not done its part
     }
     __syncthreads();
     return met;
+  }
+
+  // Wait until `there` is true of a word that other blocks of this rank write. False: give up. Who
+  // waits for a peer meanwhile gives up first, and names it.
+  template <typename There>
+  __device__ bool await_block(There&& there) const {
+    const uint64_t start = now_ns(), bound = header().timeout_ns / 4 * 5;
+    while (!there()) {
+      if (broken()) return false;
+      if (now_ns() - start > bound) {
+        fail(Fault::kTimeout, Phase::kGrid, me, 0, 0);
+        return false;
+      }
+    }
+    return true;
   }
 
   // Every thread of every block calls this last; the last block runs `poison` if the group is
@@ -153,7 +210,7 @@ class Op {
     __syncthreads();
     if (!last) return;
     if (failed) {
-      if (threadIdx.x == 0) note_peer(Phase::kEntry);  // nobody may have waited
+      if (threadIdx.x == 0) report_peer(call, Phase::kEntry);  // nobody may have waited
       revoke_leases();
       poison();
     }
@@ -161,7 +218,8 @@ class Op {
       Header& mine = header();
       mine.left = 0;
       mine.barrier = 0;
-      mine.ticket = 0;
+      mine.wire_ticket = 0;
+      mine.local_ticket = 0;
       mine.busy = 0;
       mine.epoch = epoch_;
       if (call.operation == Operation::kPlan) mine.plans = plans_ + 1;
@@ -169,19 +227,6 @@ class Op {
   }
 
  private:
-  __device__ void record(Fault fault, Phase phase, int awaited, uint64_t seen,
-                         uint64_t wanted) const {
-    FaultRecord& r = *header().record;
-    r.operation = static_cast<uint32_t>(call.operation);
-    r.phase = static_cast<uint32_t>(phase);
-    r.rank = me;
-    r.awaited = awaited;
-    r.seen = seen;
-    r.wanted = wanted;
-    __threadfence_system();  // the host reads `fault` first
-    *reinterpret_cast<volatile uint32_t*>(&r.fault) = static_cast<uint32_t>(fault);
-  }
-
   // Nobody writes into my outputs after this: what is open is revoked, and who has taken a lease is
   // awaited until it has left the operation (or is long dead). By the last block of a broken
   // launch.
@@ -199,14 +244,6 @@ class Op {
     __syncthreads();
   }
 
-  // A peer failed first: say so once, for this rank's `check`.
-  __device__ void note_peer(Phase phase) const {
-    FaultRecord& r = *header().record;
-    const int who = static_cast<int>(load_relaxed(&header().broken)) - 1;
-    if (who == me || *reinterpret_cast<volatile uint32_t*>(&r.fault) != 0) return;
-    record(Fault::kPeer, phase, who, 0, 0);
-  }
-
  public:
   const Call& call;
   const int me;
@@ -219,13 +256,14 @@ class Op {
   uint64_t was_broken_;
 };
 
-// Items of local work, taken by whichever warp is free; the next one is on its way while one is
-// done. The first `warps` items are given to the warps that have nothing else to do first.
+// Items of work, taken by whichever warp is free: neither SMs nor links are equally fast. The next
+// one is on its way while one is done. The first `warps` items are given to the warps that have
+// nothing else to do first.
 class Tickets {
  public:
   // `warp` below `warps`: the warp's first item; otherwise it draws its first one too.
-  __device__ Tickets(const Op& op, int warp, int warps)
-      : counter_(&op.header().ticket), given_(warps), drawn_(warp) {
+  __device__ Tickets(uint32_t* counter, int warp, int warps)
+      : counter_(counter), given_(warps), drawn_(warp) {
     if (warp >= warps) draw();
   }
   // The next item of this warp below `end`, or -1.

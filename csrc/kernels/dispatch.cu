@@ -25,7 +25,9 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kWirePercent = 44;
+constexpr int kWirePercent = 44;  // of blocks
+constexpr int kFp8WirePercent = 36;
+constexpr int kLead = 8;  // chunks
 enum Output { kRows = 0, kScales = 1, kScalars = 2 };
 
 // Up to 32 places that one row goes to: lane i holds the i-th.
@@ -231,12 +233,11 @@ __device__ void push_tokens(const Body& b) {
   const int tokens = p.exchange.num_tokens, warps = b.roles.wire * kWarps;
   const int vecs = row_vecs<W, T>(p);
   const Cut cut = cut_rows(vecs, tokens, warps);
-  if (int(blockIdx.x) >= tokens * cut.segments || !borrow_outputs(b.op, peers, ~uint64_t{0})) {
-    return;  // every push signals every peer
-  }
+  if (!borrow_outputs(b.op, peers)) return;
   // Blocks first: the early items, so the early chunks, are spread over all of them.
-  for (int i = blockIdx.x + b.roles.wire * (threadIdx.x / 32); i < tokens * cut.segments;
-       i += warps) {
+  Tickets tickets(&b.op.header().wire_ticket, blockIdx.x + b.roles.wire * (threadIdx.x / 32),
+                  warps);
+  for (int i; (i = tickets.take(tokens * cut.segments)) >= 0;) {
     const int t = i / cut.segments, segment = i % cut.segments, chunk = t / b.chunk;
     const uint64_t broken = b.op.broken_word();
     Targets to = remote_targets(b, peers, t, segment == 0);
@@ -317,7 +318,8 @@ __device__ bool expand_arrived(const Body& b, const Cut& cut, int item, float* h
   return true;
 }
 
-// Local work, by all blocks: those that push come when they have pushed.
+// Local work, by all blocks: those that push come when they have pushed. First own tokens, to be
+// busy until the peers' arrive.
 template <Wire W, typename T>
 __device__ void work_locally(const Body& b, float* held) {
   const DispatchParams& p = b.p;
@@ -326,14 +328,22 @@ __device__ void work_locally(const Body& b, float* held) {
   // A row that expands in place is one item.
   const int arrived_vecs = W == Wire::kDequantized ? 1 : p.row_bytes / int(sizeof(Vec));
   const Cut arrived = cut_rows(arrived_vecs, tokens * max_int(others, 1), 4 * warps);
-  const int num_own = tokens * own.segments, num_arrived = tokens * others * arrived.segments;
+  const int own_items = b.chunk * own.segments, arrived_items = b.chunk * others * arrived.segments;
+  const int lead = W == Wire::kDequantized ? min_int(kLead, b.chunks) : b.chunks;
+  const int first_turn = lead * own_items, own_in_turn = lead < b.chunks ? own_items : 0;
+  const int turn = max_int(own_in_turn + arrived_items, 1),
+            end = first_turn + b.chunks * (own_in_turn + arrived_items);
   const int warp = local_warp(b.roles, blockIdx.x, gridDim.x, threadIdx.x / 32, kWarps);
-  Tickets tickets(b.op, warp, b.roles.local * kWarps);
-  for (int i; (i = tickets.take(num_own + num_arrived)) >= 0;) {
-    if (i < num_own) {
-      place_own<W, T>(b, own, i);
-    } else if (!expand_arrived<W, T>(b, arrived, i - num_own, held)) {
-      return;
+  Tickets tickets(&b.op.header().local_ticket, warp, b.roles.local * kWarps);
+  for (int i; (i = tickets.take(end)) >= 0;) {
+    const int after = i - first_turn, chunk = after / turn, item = after % turn;
+    if (after < 0 || item < own_in_turn) {
+      const int at = after < 0 ? i : first_turn + chunk * own_items + item;
+      if (at < tokens * own.segments) place_own<W, T>(b, own, at);
+    } else {
+      const int at = chunk * arrived_items + item - own_in_turn;
+      if (at >= tokens * others * arrived.segments) continue;
+      if (!expand_arrived<W, T>(b, arrived, at, held)) return;
     }
   }
 }
@@ -350,8 +360,8 @@ __device__ void dispatch_body(const DispatchParams& p) {
   extern __shared__ float held_scales[];
   const Op op(p.call);
   const int tokens = p.exchange.num_tokens, chunk = chunk_tokens(tokens, kMaxChunks);
-  const Body b{p, op,
-               split_roles(gridDim.x, op.R, p.wire_percent > 0 ? p.wire_percent : kWirePercent),
+  const int percent = W == Wire::kCopy ? kWirePercent : kFp8WirePercent;
+  const Body b{p, op, split_roles(gridDim.x, op.R, p.wire_percent > 0 ? p.wire_percent : percent),
                chunk, ceil_div(tokens, chunk)};
   if (!op.began_broken()) {
     if (blockIdx.x == 0) lend_outputs(op);

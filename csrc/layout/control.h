@@ -76,10 +76,11 @@ struct alignas(128) Header {
   uint64_t timeout_ns;  // bound of every wait
   FaultRecord* record;  // this rank's, in host memory
   // Counters of the running kernel, each on a line of its own; the last block to leave resets them.
-  alignas(128) uint32_t left;     // blocks that have left
-  alignas(128) uint32_t barrier;  // arrivals at the grid's meetings
-  alignas(128) uint32_t ticket;   // items of local work that have been taken
-  alignas(128) uint32_t busy;     // an operation is running
+  alignas(128) uint32_t left;          // blocks that have left
+  alignas(128) uint32_t barrier;       // arrivals at the grid's meetings
+  alignas(128) uint32_t wire_ticket;   // items to push that have been taken
+  alignas(128) uint32_t local_ticket;  // items of local work that have been taken
+  alignas(128) uint32_t busy;          // an operation is running
 };
 
 // One named piece of the control block.
@@ -92,12 +93,12 @@ struct Field {
 
 // Where the pieces are, in a group of `num_ranks`; the same on every rank.
 struct ControlLayout {
-  uint32_t header, mapping, pushed, lease, left, ready, done, plan_flag, routing, total;
+  uint32_t header, mapping, pushed, borrowed, lease, left, ready, done, plan_flag, routing, total;
 };
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-constexpr int kControlFields = 9;
+constexpr int kControlFields = 10;
 
 // The declaration of the layout: `visit(name, writer, bytes)` in order.
 template <typename Visit>
@@ -106,6 +107,7 @@ constexpr void visit_control(int num_ranks, Visit&& visit) {
   visit("header", "this rank; `broken` also peers", sizeof(Header));
   visit("mapping", "host, once", R * kMaxAllocations * sizeof(char*));
   visit("pushed", "this rank: items of [peer][chunk] pushed", R * kMaxChunks * sizeof(uint32_t));
+  visit("borrowed", "this rank: leases that it has taken", R * sizeof(uint64_t));
   visit("lease", "this rank, then peer p: lease[p]", R * sizeof(uint64_t));
   visit("left", "peer p, after a failure: left[p]", R * sizeof(uint64_t));
   visit("ready", "peer p: ready[p]", R * sizeof(Ready));
@@ -125,8 +127,9 @@ constexpr ControlLayout control_layout(int num_ranks, Field* fields = nullptr) {
     ++n;
   });
   auto u32 = [](size_t v) { return static_cast<uint32_t>(v); };
-  return {u32(offsets[0]), u32(offsets[1]), u32(offsets[2]), u32(offsets[3]), u32(offsets[4]),
-          u32(offsets[5]), u32(offsets[6]), u32(offsets[7]), u32(offsets[8]), u32(end)};
+  return {u32(offsets[0]), u32(offsets[1]), u32(offsets[2]), u32(offsets[3]),
+          u32(offsets[4]), u32(offsets[5]), u32(offsets[6]), u32(offsets[7]),
+          u32(offsets[8]), u32(offsets[9]), u32(end)};
 }
 
 JAX_EP_HD uint64_t make_tag(uint64_t generation, uint64_t epoch, uint32_t signature) {
