@@ -46,7 +46,7 @@ def run(name: str, sms: list[int], tokens: list[int]) -> dict[str, dict]:
     ex.check()
     ex.check(wire_dtype=exchange.FP8)
     *numbers, ratio = COLUMNS
-    print(f"{'':44}{''.join(f'{column:>10}' for column in numbers)}{ratio:>7}")
+    print(f"{'':44}{''.join(f'{column:>10}' for column in numbers)}{ratio:>8}")
     exchange.time_exchanges(ex, sms)
     peers.time_peers(ex)
     if work.expert_hidden is not None:

@@ -7,8 +7,9 @@ forward and backward pass of the experts on rows, and cotangents of rows, that a
 operands of the same shapes. They cost nothing, so all that dispatch, combine and their transposes
 do is communication time, the writing of rows and the products with weights included.
 
-Rows are batched with a capacity of 1.25 T*K, tail zeroed: `lax.ragged_dot` on GPUs still multiplies
-every row with every expert's matrix in some of its gradients, which would drown the rest.
+Rows are batched with a capacity of 1.25 T*K, tail zeroed, for plain batched products: XLA rewrites
+`lax.ragged_dot`'s gradient for the matrices on GPUs as a dense product of every row with every expert
+(openxla/xla#40189), which would drown the rest.
 """
 
 import functools

@@ -161,4 +161,4 @@ class Timer:
         facts = {k: round(v, 3) if isinstance(v, float) else v for k, v in facts.items()}
         self.rows[name] = facts | op.facts | more
         print(f"{name:44}" + "".join(f"{value:10.1f}" for value in columns[:5]), end="")
-        print(f"{columns[5]:7.2f}" if len(columns) > 5 else "", flush=True)
+        print(f"{columns[5]:8.2f}" if len(columns) > 5 else "", flush=True)
