@@ -2,6 +2,7 @@
 """`python -m jax_ep info`, `python -m jax_ep demo` and `python -m jax_ep bench`."""
 
 import argparse
+import importlib.util
 import sys
 
 
@@ -17,7 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     demo.add_argument("--steps", type=_positive(int), help="stop after this many, unjudged")
     demo.add_argument("--out", default="demo.png", help="where the picture goes (demo.png)")
-    bench = commands.add_parser("bench", help="time dispatch and combine beside XLA's collectives")
+    bench = commands.add_parser("bench", help="time the operations beside XLA's collectives")
     bench.add_argument(
         "--workload",
         choices=["prefill", "decode", "training", "smoke"],
@@ -28,15 +29,20 @@ def main(argv: list[str] | None = None) -> int:
     bench.add_argument(
         "--sms", type=_positive(int), nargs="*", default=[48], help="also with so many SMs (48)"
     )
+    bench.add_argument(
+        "--tokens", type=_positive(int), nargs="*", default=[], help="also with so many per rank"
+    )
     bench.add_argument("--json", metavar="FILE", help="keep the results")
-    bench.add_argument("--plot", metavar="FILE", help="a picture of time against SMs")
+    bench.add_argument("--plot", metavar="FILE", help="a picture of time against SMs and tokens")
     args = parser.parse_args(argv)
     if args.command == "bench":
-        if args.plot and not args.sms:
-            parser.error("--plot: expected some --sms, got none")
+        if args.plot and not args.sms and not args.tokens:
+            parser.error("--plot: expected some --sms or --tokens, got none")
+        if args.plot and importlib.util.find_spec("matplotlib") is None:
+            parser.error("--plot: expected matplotlib (pip install matplotlib), got none")
         from . import _bench
 
-        return _bench.main(args.workload, args.sms, args.json, args.plot)
+        return _bench.main(args.workload, args.sms, args.tokens, args.json, args.plot)
     if args.command == "demo":
         from . import _demo
 

@@ -2,7 +2,9 @@
 """`python -m jax_ep info`: versions, devices, and what this installation can do."""
 
 import json
+import pathlib
 import platform
+import re
 from importlib import metadata
 
 import jax
@@ -26,6 +28,7 @@ def facts() -> dict:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),
+        "driver": driver(),
         "build": build,
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in devices],
         "implementations": [*(["cuda"] if _ffi.has_cuda() else []), "xla"],
@@ -33,6 +36,13 @@ def facts() -> dict:
         "groups": _ffi.describe_groups(),
         "missing": missing,
     }
+
+
+def driver() -> str | None:
+    """Version of the NVIDIA driver that is loaded; None without one."""
+    path = pathlib.Path("/proc/driver/nvidia/version")
+    found = re.search(r" (\d+(\.\d+)+) ", path.read_text()) if path.exists() else None
+    return found[1] if found else None
 
 
 def control_block(num_ranks: int) -> list[str]:

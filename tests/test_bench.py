@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m jax_ep bench`: its arithmetic, and a run on host devices."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -9,22 +10,86 @@ import sys
 import numpy as np
 import pytest
 
-from jax_ep import _bench
+from jax_ep import __main__
+from jax_ep._bench import timing
+from jax_ep._bench.work import WORKLOADS, Moved, Traffic, Workload, routing
+
+ROWS = """
+empty loop
+plan
+plan, skewed routing
+plan, L2 cold
+plan, xla
+dispatch bf16
+dispatch bf16, without plan
+dispatch bf16, skewed routing
+dispatch f16
+dispatch f32
+dispatch fp8, quantised
+dispatch fp8, delivered bf16
+dispatch bf16, capacity factor 1.25
+dispatch bf16, capacity factor 1, drops
+dispatch bf16, alignment 128
+dispatch bf16, batched, factor 1.25
+dispatch bf16, a rank late
+dispatch bf16, L2 cold
+dispatch bf16, 2 SMs
+dispatch bf16, xla
+dispatch bf16, T=8
+dispatch fp8, quantised, T=8
+combine bf16
+combine bf16, skewed routing
+combine f16
+combine f32
+combine bf16, batched, factor 1.25
+combine bf16, a rank late
+combine bf16, L2 cold
+combine bf16, 2 SMs
+combine bf16, xla
+combine bf16, T=8
+lax.all_to_all of the K copies
+layer fwd+bwd
+layer fwd+bwd, xla
+layer fwd+bwd, experts alone
+layer communication
+layer communication, xla
+"""
 
 
 def test_traffic_counts_copies_and_rows():
-    work = _bench.Workload(tokens=2, hidden=128, top_k=2, experts=4)  # 2 experts on each rank
+    work = Workload(tokens=2, hidden=128, top_k=2, experts=4)  # 2 experts on each rank
     idx = np.array([[[0, 1], [1, 2]], [[2, 3], [2, 3]]])  # rank 0 sends one token, rank 1 none
-    traffic = _bench.Traffic.of(idx, work)
-    assert traffic == _bench.Traffic(sent=1, arrived=1, rows=5)
-    assert traffic.dispatch_bytes(work, 256, 256) == (256, 2 * 256 + 256 + 5 * 256)
-    assert traffic.combine_bytes(work) == (256, (5 + 2 + 2) * 256)
+    traffic = Traffic.of(idx, work)
+    assert traffic == Traffic(sent=1, arrived=1, received=3, rows=5)
+    assert traffic.dispatch(work, 256, 132, 256) == (
+        *(132, 2 * 256 + 132 + 5 * 256, 3 * 132),
+        False,
+    )
+    assert traffic.combine(work, 512) == (512, (5 + 2 + 2) * 512, 3 * 512, True)
+
+
+def test_traffic_leaves_out_dropped_pairs_and_counts_padding():
+    work = Workload(tokens=2, hidden=128, top_k=2, experts=4)
+    idx = np.array([[[0, 1], [1, -1]], [[2, 3], [2, -1]]])
+    assert Traffic.of(idx, work) == Traffic(sent=0, arrived=0, received=2, rows=3)
+    assert Traffic.of(idx, work, alignment=8).rows == 16
+
+
+def test_floor_is_the_slower_of_link_and_memory():
+    memory = dict(read_1_write_4=1000.0, read_4_write_1=2000.0, read_1_write_1=900.0)
+    ceilings = timing.Ceilings(ppermute=100.0, copies=200.0, **memory)
+    bytes_ = dict(link=2e6, deepep=0.0)
+    assert ceilings.floor_us(Moved(memory=5e6, mostly_reads=False, **bytes_)) == 10.0
+    assert ceilings.floor_us(Moved(memory=5e7, mostly_reads=False, **bytes_)) == 50.0
+    assert ceilings.floor_us(Moved(memory=5e7, mostly_reads=True, **bytes_)) == 25.0
+    alone = timing.Ceilings(ppermute=None, copies=None, **memory)
+    assert alone.floor_us(Moved(link=0.0, memory=5e6, deepep=0.0, mostly_reads=False)) == 5.0
 
 
 @pytest.mark.parametrize("skew", [0.0, 3.0])
 def test_routing_is_distinct_and_as_skewed_as_asked(skew):
-    work = _bench.WORKLOADS["training"]
-    idx = _bench.routing(work, 2, skew=skew, seed=0)
+    work = WORKLOADS["training"]
+    idx = routing(work, 2, skew=skew, seed=0)
     assert idx.shape == (2, work.tokens, work.top_k) and idx.dtype == np.int32
     assert all(len(set(token)) == work.top_k for token in idx[0, :100])
     load = np.bincount(idx.reshape(-1), minlength=work.experts)
@@ -33,22 +98,42 @@ def test_routing_is_distinct_and_as_skewed_as_asked(skew):
 
 
 def test_prefill_floor_is_the_one_of_the_documentation():
-    work = _bench.WORKLOADS["prefill"]
-    traffic = _bench.Traffic.of(_bench.routing(work, 2, skew=0.0, seed=1), work)
-    link, memory = traffic.dispatch_bytes(work, work.hidden * 2, work.hidden * 2)
-    assert 58.3e6 < link < 58.8e6 and 580e6 < memory < 600e6
+    work = WORKLOADS["prefill"]
+    row = work.hidden * 2
+    traffic = Traffic.of(routing(work, 2, skew=0.0, seed=1), work)
+    moved = traffic.dispatch(work, row, row, row)
+    assert 58.3e6 < moved.link < 58.8e6 and 580e6 < moved.memory < 600e6
+
+
+def test_bad_options_say_what_is_expected(capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for options, message in (
+        (["--workload", "lunch"], "invalid choice: 'lunch'"),
+        (["--tokens", "0"], "argument --tokens: invalid positive int value: '0'"),
+        (["--sms", "--plot", "p.png"], "--plot: expected some --sms or --tokens, got none"),
+        (["--plot", "p.png"], "--plot: expected matplotlib (pip install matplotlib), got none"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            __main__.main(["bench", *options])
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_run_keeps_every_figure(tmp_path):
     result, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    options = ["--workload", "smoke", "--sms", "2", "4", "--json", result, "--plot", picture]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    sweeps = ["--sms", "2", "--tokens", "8"]
+    options = ["--workload", "smoke", *sweeps, "--json", result, "--plot", picture]
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     words = [sys.executable, "-m", "jax_ep", "bench", *map(str, options)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200, env=environment)
+    environment = os.environ | {"XLA_FLAGS": flags}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads(result.read_text())
     rows = facts["results"]["smoke"]
-    assert rows["dispatch bf16"]["median_us"] > 0 and rows["dispatch bf16"]["ratio"] > 0
-    assert {"combine bf16, 4 SMs", "dispatch fp8, quantised", "ceilings"} <= set(rows)
+    assert set(rows) == {"ceilings", *ROWS.strip().splitlines()}
+    base, bounded = rows["dispatch bf16"], rows["dispatch bf16, capacity factor 1.25"]
+    assert all(base[k] > 0 for k in ("median_us", "p99_us", "wire_gbs", "floor_us", "ratio"))
+    assert (base["capacity_rows"], bounded["capacity_rows"]) == (2 * 64 * 4, 64 * 4 * 5 // 4)
+    assert bounded["options"] == {"capacity_factor": 1.25} and base["num_sms"] == "all"
+    assert rows["combine bf16, 2 SMs"]["num_sms"] == 2
     assert len(facts["devices"]) == 2 and facts["workloads"]["smoke"]["hidden"] == 256
     assert "XLA has none on this platform" in done.stdout and picture.stat().st_size > 5000
