@@ -58,4 +58,5 @@ def test_equals_reference_bit_for_bit(problem):
     x, idx, weights = inputs(**sizes)
     weights = weights if weighted else None
     got = run(x, idx, weights, **options)
-    assert_matches(got, reference(x, idx, weights, **options))
+    want = reference(x, idx, weights, **options)
+    assert_matches(got, want, layout=options["layout"])
