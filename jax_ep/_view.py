@@ -173,16 +173,26 @@ def _hidden_axes(kinds, types, mesh_axes, in_blocks) -> tuple[str, ...]:
 def _sharding_rule(spec: Spec, kinds, result_kinds, operands) -> dict:
     """Arguments of `def_partition`: the rule as text, and the sizes inside compound factors."""
     with_scales = "scale" in kinds or "row_scale" in result_kinds
-    dims = {k: d.replace("H", "(s c)" if with_scales else "h") for k, d in _DIMENSIONS.items()}
-    text = [", ".join(dims[kind] for kind in of) for of in (kinds, result_kinds)]
+    hidden = [x.shape[-1] for x, kind in zip(operands, kinds, strict=True) if "hidden" in kind]
+    sizes = {
+        "g": (spec.groups or 1) * spec.num_ranks,
+        "t": spec.num_tokens,
+        "p": spec.num_tokens * spec.top_k,
+        "s": max(hidden, default=0) // SCALE_BLOCK,
+        "c": SCALE_BLOCK,
+    }
+
+    def factors(dimensions):
+        dimensions = dimensions.replace("H", "(s c)" if with_scales else "h")
+        for major, minor in ("gt", "gp", "sc"):  # Shardy refuses a factor of size 1 beside another
+            if 1 in (sizes[major], sizes[minor]):
+                left = minor if sizes[major] == 1 and sizes[minor] != 1 else major
+                dimensions = dimensions.replace(f"({major} {minor})", left)
+        return dimensions
+
+    text = [", ".join(factors(_DIMENSIONS[kind]) for kind in of) for of in (kinds, result_kinds)]
     rule = " -> ".join(text)
-    sizes = {}
-    if "(g t)" in rule:
-        sizes["t"] = spec.num_tokens
-    if "(g p)" in rule:
-        sizes["p"] = spec.num_tokens * spec.top_k
-    if with_scales:
-        sizes["c"] = SCALE_BLOCK
+    sizes = {minor: sizes[minor] for minor in "tpc" if f" {minor})" in rule}
     in_order = dict.fromkeys(factor for factor in rule if factor.isalpha())  # as Shardy numbers
     whole = tuple(factor for factor in in_order if factor not in "ghs")
     return dict(sharding_rule=rule, need_replication_factors=whole, **sizes)

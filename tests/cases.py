@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from conftest import make_mesh
+from conftest import make_mesh, on_gpus
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,6 +25,11 @@ def inputs(seed, *, R, T, H, K, E, dtype="float32", none=0.0, duplicates=False, 
         idx = rng.choice(idx.reshape(-1) if idx.size else E, (R, T, K))
     idx = np.where(rng.random((R, T, K)) < none, -1, idx).astype(np.int32)
     return x, idx, rng.standard_normal((R, T, K)).astype(np.float32)
+
+
+def hidden(size):
+    """A hidden size for the platform: CUDA kernels move rows in words of 16 bytes."""
+    return -(-size // 8) * 8 if on_gpus() else size
 
 
 def flat(array):
@@ -81,6 +86,13 @@ def assert_same_bits(name, got, want, compared=None):
     assert same.all(), f"{name}: {np.argwhere(~same)[:5]} differ\n{got}\n{want}"
 
 
+def assert_close(got, want, *, rtol, atol=0.0):
+    """Within rounding; on GPUs, which add up in any order, measured by the largest value, too."""
+    if on_gpus():
+        atol = max(atol, rtol * float(np.abs(want).max()))
+    np.testing.assert_allclose(got, want, rtol=rtol, atol=atol)
+
+
 def in_segments(plan, layout):
     """`[R, rows]`: the rows that belong to an expert's segment, padding included."""
     R, rows = plan.expert_ids.shape
@@ -96,7 +108,7 @@ def assert_matches(got, want, *, layout="ragged", whole=None):
 
     `whole`: the tail too, where the reference has zeros; `xla`, so the CPU, zeroes it always.
     """
-    whole = jax.default_backend() == "cpu" if whole is None else whole
+    whole = not on_gpus() if whole is None else whole
     (d, combined), (ref, ref_combined) = got, want
     plan = ref.plan
     compared = np.full(plan.expert_ids.shape, whole) | in_segments(plan, layout)

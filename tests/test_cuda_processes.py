@@ -51,7 +51,7 @@ def test_every_allocator_in_one_process(setting):
         text=True,
         timeout=180,
     )
-    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_an_allocator_that_processes_cannot_share(tmp_path, monkeypatch):

@@ -5,11 +5,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import FP8, assert_matches, assert_same_bits, flat, inputs, reference, run
-from conftest import make_mesh
+from cases import FP8, assert_matches, assert_same_bits, flat, hidden, inputs, reference, run
+from conftest import PORTABLE, make_mesh, on_gpus, ranks
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
+
+pytestmark = PORTABLE
 
 
 @pytest.mark.parametrize(
@@ -27,89 +29,95 @@ import jax_ep
     ids=str,
 )
 def test_edge_sizes(sizes):
+    sizes = sizes | dict(R=ranks(sizes["R"]), H=hidden(sizes["H"]))
     x, idx, weights = inputs(0, **sizes)
     got = run(x, idx, weights, num_experts=sizes["E"])
     assert_matches(got, reference(x, idx, weights, num_experts=sizes["E"]))
 
 
 def test_one_empty_rank():
-    x, idx, weights = inputs(1, R=4, T=6, H=8, K=2, E=8)
-    idx[2] = -1
+    x, idx, weights = inputs(1, R=ranks(4), T=6, H=8, K=2, E=8)
+    idx[len(idx) // 2] = -1
     assert_matches(run(x, idx, weights, num_experts=8), reference(x, idx, weights, num_experts=8))
 
 
 @pytest.mark.parametrize("bad", [8, 100, -2, 2**31 - 1, -(2**31)])
 def test_out_of_range_names_no_expert(bad):
-    x, idx, weights = inputs(2, R=4, T=6, H=8, K=2, E=8)
-    idx[1, 2, 0] = bad
+    if on_gpus():
+        pytest.skip(
+            "an error on CUDA: test_cuda.py::test_bad_routing_is_an_error_and_initialize_recovers"
+        )
+    x, idx, weights = inputs(2, R=ranks(4), T=6, H=8, K=2, E=8)
+    idx[-1, 2, 0] = bad
     want = idx.copy()
-    want[1, 2, 0] = -1
+    want[-1, 2, 0] = -1
     assert_matches(run(x, idx, weights, num_experts=8), reference(x, want, weights, num_experts=8))
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint32])
 def test_integer_types(dtype):
-    x, idx, weights = inputs(3, R=4, T=6, H=8, K=2, E=8)
+    x, idx, weights = inputs(3, R=ranks(4), T=6, H=8, K=2, E=8)
     got = run(x, idx.astype(dtype), weights, num_experts=8)
     assert_matches(got, reference(x, idx, weights, num_experts=8))
 
 
 @pytest.mark.parametrize("zero_tail", [False, True])
 def test_tail(zero_tail):
-    x, idx, weights = inputs(4, R=4, T=6, H=8, K=2, E=8)
+    x, idx, weights = inputs(4, R=ranks(4), T=6, H=8, K=2, E=8)
     d, _ = run(x, idx, weights, num_experts=8, zero_tail=zero_tail)
-    rows = np.asarray(d.tokens).reshape(4, -1, 8)
-    sizes = np.asarray(d.group_sizes).reshape(4, -1).sum(1)
+    R = len(x)
+    rows = np.asarray(d.tokens).reshape(R, -1, 8)
+    sizes = np.asarray(d.group_sizes).reshape(R, -1).sum(1)
     if zero_tail:
-        assert all(not rows[r, sizes[r] :].any() for r in range(4))
+        assert all(not rows[r, sizes[r] :].any() for r in range(R))
     want = reference(x, idx, weights, num_experts=8)[0]
-    for r in range(4):
+    for r in range(R):
         assert_same_bits("rows", rows[r, : sizes[r]], want.tokens[r, : sizes[r]])
 
 
 @pytest.mark.parametrize("scale_format", ["float32", "e8m0"])
 def test_prequantized_input(scale_format):
-    x, idx, weights = inputs(5, R=4, T=6, H=256, K=2, E=8)
+    x, idx, weights = inputs(5, R=ranks(4), T=6, H=256, K=2, E=8)
     x[0, 0, :128] = 0
     quantized = jax_ep.reference.quantize(x, scale_format)
     options = dict(num_experts=8, deliver="quantized")
-    got = run(quantized, idx, weights, **options)
-    assert_matches(got, reference(quantized, idx, weights, **options))
+    want = reference(quantized, idx, weights, **options)
+    assert_matches(run(quantized, idx, weights, **options), want)
     inside = run(x, idx, weights, wire_dtype=FP8, scale_format=scale_format, **options)
-    assert_same_bits("tokens", inside[0].tokens, np.asarray(got[0].tokens))
+    assert_matches(inside, want)
 
 
 def test_leading_dimensions_are_restored():
-    x, idx, weights = inputs(6, R=4, T=6, H=8, K=2, E=8)
-    d, out = run(
-        x.reshape(4, 2, 3, 8), idx.reshape(4, 2, 3, 2), weights.reshape(4, 2, 3, 2), num_experts=8
-    )
-    assert out.shape == (8, 3, 8)
+    x, idx, weights = inputs(6, R=ranks(4), T=6, H=8, K=2, E=8)
+    d, out = run(*(a.reshape(-1, 2, 3, a.shape[-1]) for a in (x, idx, weights)), num_experts=8)
+    assert out.shape == (2 * len(x), 3, 8)
     assert_matches((d, out), reference(x, idx, weights, num_experts=8))
 
 
 def test_hidden_size_may_change_before_combine():
-    x, idx, _ = inputs(7, R=4, T=6, H=8, K=2, E=8)
+    x, idx, _ = inputs(7, R=ranks(4), T=6, H=8, K=2, E=8)
 
     def body(x, idx):
         d = jax_ep.dispatch(x, idx, num_experts=8)
         return jax_ep.combine(jnp.tile(d.tokens, (1, 3)), d.handle)
 
-    mapped = jax.shard_map(body, mesh=make_mesh((4,)), in_specs=P("expert"), out_specs=P("expert"))
+    mesh = make_mesh((ranks(4),))
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
     plain = reference(x, idx, None, num_experts=8)[1]
     assert_same_bits("combined", jax.jit(mapped)(flat(x), flat(idx)), np.tile(plain, (1, 1, 3)))
 
 
 def test_same_bits_every_run():
-    x, idx, weights = inputs(8, R=8, T=32, H=64, K=4, E=16, dtype="bfloat16")
-    runs = [run(x, idx, weights, num_experts=16, capacity_factor=1.0) for _ in range(5)]
+    x, idx, weights = inputs(8, R=ranks(8), T=32, H=64, K=4, E=16, dtype="bfloat16")
+    options = dict(num_experts=16, capacity_factor=1.0, zero_tail=True)
+    runs = [run(x, idx, weights, **options) for _ in range(5)]
     for again in runs[1:]:
         for a, b in zip(jax.tree.leaves(runs[0]), jax.tree.leaves(again), strict=True):
             assert_same_bits("run", a, np.asarray(b))
 
 
 def test_float64_sum_within_rounding():
-    x, idx, weights = inputs(9, R=4, T=16, H=32, K=4, E=8, dtype="bfloat16")
+    x, idx, weights = inputs(9, R=ranks(4), T=16, H=32, K=4, E=8, dtype="bfloat16")
     _, out = run(x, idx, weights, num_experts=8)
     exact = (weights.astype(float).sum(-1, keepdims=True)) * x.astype(float)
     bound = 2**-7 * np.abs(weights).sum(-1, keepdims=True) * np.abs(x.astype(float))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import make_mesh
+from conftest import PORTABLE, make_mesh, on_gpus, ranks
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jax_ep.examples import byte_transformer, moe_linen, moe_nnx
 from jax_ep.examples.experts import MoEConfig
 
+pytestmark = PORTABLE
 PLAIN = MoEConfig(16, 24, num_experts=16, top_k=3, shared_hidden=8, bias_rate=0.02)
 CONFIGS = {
     "top_k": PLAIN,
@@ -124,7 +125,8 @@ def test_linen_with_a_frozen_balance():
     variables = jax.jit(layer.init)(jax.random.key(0), x)
     assert variables["balance"]["load"].sum() == 8 * 2 * PLAIN.top_k
     out, _ = jax.jit(lambda v: layer.apply(v, x, mutable=["balance"]))(variables)
-    np.testing.assert_array_equal(jax.jit(layer.apply)(variables, x), out)
+    again = jax.jit(layer.apply)(variables, x)
+    np.testing.assert_allclose(again, out, rtol=0, atol=1e-5 if on_gpus() else 0)
 
 
 def test_update_bias_of_linen_reaches_every_layer():
@@ -157,9 +159,11 @@ def train(num_devices, text):
 def test_twenty_steps_match_one_device():
     rng = np.random.default_rng(0)
     text = rng.choice(np.arange(97, 123), (20, 16, 17), p=np.arange(1, 27) / 351).astype(np.int32)
-    losses, loads, state = train(8, text)
+    losses, loads, state = train(ranks(), text)
     one_losses, one_loads, one_state = train(1, text)
     assert losses[-1] < losses[0] - 1
-    np.testing.assert_allclose(losses, one_losses, atol=1e-4)
-    np.testing.assert_array_equal(loads, one_loads)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state, one_state)
+    # On GPUs products of other shapes add up in other orders, and a near tie of experts may flip.
+    flipped, atol = (1e-3, 1e-3) if on_gpus() else (0, 1e-4)
+    assert np.abs(np.subtract(loads, one_loads)).sum() <= flipped * np.sum(loads)
+    np.testing.assert_allclose(losses, one_losses, atol=atol)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), state, one_state)

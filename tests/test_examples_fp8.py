@@ -10,14 +10,15 @@ import numpy as np
 import optax
 import pytest
 from cases import flat, inputs
-from conftest import make_mesh
+from conftest import PORTABLE, make_mesh, on_gpus, ranks
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
 from jax_ep.examples import fp8_experts as example
 
-R, T, H, F, K, E = 4, 24, 256, 128, 3, 8
+pytestmark = PORTABLE
+T, H, F, K, E = 24, 256, 128, 3, 8
 FP8_WIRE = dict(wire_dtype=example.FP8)
 
 
@@ -35,11 +36,13 @@ def plain(x, idx, weights, w_in, w_out, **options):
 
 
 @pytest.fixture(scope="module")
-def operands():
-    """Every expert's count is far from a multiple of 128; rank 2 sends nothing."""
+def operands(platform):
+    """Every expert's count is far from a multiple of 128; one of several ranks sends nothing."""
+    R = ranks(4)
     x, idx, _ = inputs(70, R=R, T=T, H=H, K=K, E=E, none=0.1)
     idx[idx == 5] = 4  # an expert without tokens
-    idx[2] = -1
+    if R > 1:
+        idx[R // 2] = -1
     rng = np.random.default_rng(71)
     logits = rng.standard_normal((R * T, K), np.float32)
     w_in = rng.standard_normal((E, H, 2 * F), np.float32) / np.sqrt(np.float32(H))
@@ -51,7 +54,7 @@ def mapped(f, mesh=None, tokens=P("expert")):
     experts = P("expert")
     return jax.shard_map(
         f,
-        mesh=mesh or make_mesh((R,)),
+        mesh=mesh or make_mesh((ranks(4),)),
         in_specs=(tokens, tokens, tokens, experts, experts),
         out_specs=tokens,
     )
@@ -109,7 +112,7 @@ def powers_of_two():
     def random(*shape):
         return np.exp2(rng.integers(0, 3, shape)) * rng.choice([-1, 1], shape)
 
-    x = random(R * T, H)
+    x = random(ranks(4) * T, H)
     x[:, :F] = abs(x[:, :F])
     f = np.arange(F)
     w_in = np.zeros((E, H, 2 * F))
@@ -167,6 +170,9 @@ def test_rows_without_a_pair_may_hold_nan(operands, fp8_results, monkeypatch):
     monkeypatch.setattr(example, "fp8_ragged_dot", poisoned_product)
     got = values_and_gradients(mapped(fp8), operands)
     assert set(calls) == {"dispatch", "product", "combine"}
+    if on_gpus():  # two programs: sums in another order may move a value to the next of e4m3
+        assert max(errors(got, fp8_results)) < 1e-3
+        return
     for clean, with_nan in zip(fp8_results, got, strict=True):
         np.testing.assert_array_equal(clean, with_nan)
 
@@ -200,18 +206,20 @@ def test_fp8_ragged_dot():
 
 
 def test_shards_of_the_batch_share_experts(operands, fp8_results):
-    """Data times expert parallel: two groups of two, whose gradients of weights add up.
+    """Data times expert parallel: two groups, of two if they can, whose gradients of weights add up.
 
     Sums in another order may move an activation to the next e4m3 value.
     """
-    mesh, tokens = make_mesh((2, 2), ("data", "expert")), P(("data", "expert"))
+    if ranks(2) < 2:
+        pytest.skip("takes two devices")
+    mesh, tokens = make_mesh((2, ranks(4) // 2), ("data", "expert")), P(("data", "expert"))
     got = values_and_gradients(mapped(fp8, mesh, tokens), operands)
     assert max(errors(got, fp8_results)) < 1e-3
 
 
 def test_hidden_sizes_are_multiples_of_128(operands):
     x, idx, logits, w_in, w_out = operands
-    with pytest.raises(ValueError, match=r"w_out: expected .* got \(2, 64, 256\)"):
+    with pytest.raises(ValueError, match=rf"w_out: expected .* got \({E // ranks(4)}, 64, 256\)"):
         jax.eval_shape(mapped(fp8), x, idx, logits, w_in, w_out[:, :64])
 
 

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import FP8, flat, inputs
-from conftest import make_mesh
+from conftest import PORTABLE, make_mesh, ranks
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
 
-R, T, H, K, E = 4, 12, 16, 3, 8
+pytestmark = PORTABLE
+T, H, K, E = 12, 16, 3, 8
 
 
 def routed(x, weights, w, idx, mesh, *, inside=True, **options):
@@ -47,7 +48,7 @@ def dense64(x, weights, w, idx):
 
 
 def problem(none=0.2, **kw):
-    x, idx, weights = inputs(11, R=R, T=T, H=H, K=K, E=E, none=none, **kw)
+    x, idx, weights = inputs(11, R=ranks(4), T=T, H=H, K=K, E=E, none=none, **kw)
     w = np.random.default_rng(1).standard_normal((E, H, H)).astype(np.float32) / 4
     return flat(x) / 3, flat(weights), w, flat(idx)
 
@@ -59,7 +60,8 @@ def test_against_dense_float64(options, inside):
     loss, want = dense64(*args)
     f = jax.jit(
         jax.value_and_grad(
-            lambda *a: routed(*a, make_mesh((R,)), inside=inside, **options), argnums=(0, 1, 2)
+            lambda *a: routed(*a, make_mesh((ranks(4),)), inside=inside, **options),
+            argnums=(0, 1, 2),
         )
     )
     got_loss, got = f(*args)
@@ -73,13 +75,13 @@ def test_against_dense_float64(options, inside):
 def test_each_alone(argnum):
     args = problem()
     _, want = dense64(*args)
-    got = jax.jit(jax.grad(lambda *a: routed(*a, make_mesh((R,))), argnums=argnum))(*args)
+    got = jax.jit(jax.grad(lambda *a: routed(*a, make_mesh((ranks(4),))), argnums=argnum))(*args)
     assert np.linalg.norm(np.asarray(got) - want[argnum]) < 1e-5 * np.linalg.norm(want[argnum])
 
 
 @pytest.mark.parametrize("argnum", [0, 1], ids=["y", "weights"])
 def test_combine_operands_alone(argnum):
-    x, idx, weights = inputs(12, R=R, T=T, H=H, K=K, E=E)
+    x, idx, weights = inputs(12, R=ranks(4), T=T, H=H, K=K, E=E)
     plan = jax_ep.reference.dispatch(x, idx, weights, num_experts=E)
 
     def loss(y, weights, idx, x):
@@ -88,7 +90,7 @@ def test_combine_operands_alone(argnum):
             return jax_ep.combine(y, d.handle, weights=weights)
 
         mapped = jax.shard_map(
-            body, mesh=make_mesh((R,)), in_specs=P("expert"), out_specs=P("expert")
+            body, mesh=make_mesh((ranks(4),)), in_specs=P("expert"), out_specs=P("expert")
         )
         return (mapped(y, weights, idx, x) ** 2).sum() / 2
 
@@ -101,7 +103,7 @@ def test_combine_operands_alone(argnum):
 
 
 def test_dropped_pairs_get_zero():
-    x, idx, weights = inputs(13, R=R, T=T, H=H, K=K, E=E, skew=1.0)
+    x, idx, weights = inputs(13, R=ranks(4), T=T, H=H, K=K, E=E, skew=1.0)
 
     def loss(x, weights, idx):
         def body(x, weights, idx):
@@ -109,7 +111,7 @@ def test_dropped_pairs_get_zero():
             return jax_ep.combine(d.tokens, d.handle, weights=d.weights)
 
         mapped = jax.shard_map(
-            body, mesh=make_mesh((R,)), in_specs=P("expert"), out_specs=P("expert")
+            body, mesh=make_mesh((ranks(4),)), in_specs=P("expert"), out_specs=P("expert")
         )
         return mapped(x, weights, idx).sum()
 
@@ -122,7 +124,7 @@ def test_dropped_pairs_get_zero():
 
 
 def test_fp8_wire_is_straight_through():
-    x, idx, weights = inputs(14, R=R, T=T, H=128, K=K, E=E)
+    x, idx, weights = inputs(14, R=ranks(4), T=T, H=128, K=K, E=E)
 
     def loss(x, weights, idx, **options):
         def body(x, weights, idx):
@@ -130,7 +132,7 @@ def test_fp8_wire_is_straight_through():
             return jax_ep.combine(d.tokens, d.handle, weights=d.weights)
 
         mapped = jax.shard_map(
-            body, mesh=make_mesh((R,)), in_specs=P("expert"), out_specs=P("expert")
+            body, mesh=make_mesh((ranks(4),)), in_specs=P("expert"), out_specs=P("expert")
         )
         return mapped(x, weights, idx).sum()
 
@@ -141,7 +143,7 @@ def test_fp8_wire_is_straight_through():
 
 
 def test_quantized_refuses_x_but_not_weights():
-    x, idx, weights = inputs(15, R=R, T=T, H=128, K=K, E=E)
+    x, idx, weights = inputs(15, R=ranks(4), T=T, H=128, K=K, E=E)
 
     def loss(x, weights, idx):
         def body(x, weights, idx):
@@ -149,7 +151,7 @@ def test_quantized_refuses_x_but_not_weights():
             return jax_ep.combine(d.tokens.astype(jnp.float32), d.handle, weights=d.weights)
 
         mapped = jax.shard_map(
-            body, mesh=make_mesh((R,)), in_specs=P("expert"), out_specs=P("expert")
+            body, mesh=make_mesh((ranks(4),)), in_specs=P("expert"), out_specs=P("expert")
         )
         return mapped(x, weights, idx).sum()
 

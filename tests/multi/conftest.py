@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Under `tests/launch.py` this process is one of several; without it, one with eight devices."""
+"""Under `tests/launch.py` this process is one of several; without it, one with all devices."""
 
 import os
 import sys
 
 import jax
-
-LAUNCHED = "JAX_PROCESS_ID" in os.environ
+from conftest import LAUNCHED
 
 if LAUNCHED:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")

@@ -12,26 +12,25 @@ import jax
 import numpy as np
 import pytest
 from cases import FP8, assert_matches, assert_same_bits, flat, inputs, put, reference, run
-from conftest import make_mesh
+from conftest import PORTABLE, devices, make_mesh
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_ep
 
+pytestmark = PORTABLE
 E = 16
 LOCAL, AUTO, EXPLICIT = "shard_map", AxisType.Auto, AxisType.Explicit
 
 
 def sizes(**changes):
-    return dict(R=jax.device_count(), T=6, H=128, K=3, E=E, none=0.1) | changes
+    return dict(R=len(devices()), T=6, H=128, K=3, E=E, none=0.1) | changes
 
 
 def everyone(view=LOCAL, shape=(-1,), names=("expert",), group="expert"):
     """A mesh of all devices, with the groups along `group` initialized."""
-    shape = np.empty(jax.device_count()).reshape(shape).shape
-    mesh = make_mesh(shape, names, AUTO if view == LOCAL else view)
-    jax_ep.initialize(mesh, group, timeout_s=20)
-    return mesh
+    shape = np.empty(len(devices())).reshape(shape).shape
+    return make_mesh(shape, names, AUTO if view == LOCAL else view, group)
 
 
 def in_view(view, mesh, f, spec=P("expert")):
@@ -108,13 +107,17 @@ def test_every_operation(view, dtype, options):
 def test_formats(dtype, options):
     x, idx, weights = inputs(62, dtype=dtype, **sizes(skew=0.5))
     options = options | dict(num_experts=E)
+    if "capacity" in options:  # a row for each expert at least
+        options["capacity"] = max(options["capacity"], E // len(devices()))
     got, want = (f(x, idx, weights, **options) for f in (run, reference))
     assert_matches(got, want, layout=options.get("layout", "ragged"))
 
 
 def test_group_over_two_axes():
     """Minor axis first: ranks are not in the order of devices."""
-    mesh = everyone(shape=(2, -1), names=("node", "gpu"), group=("gpu", "node"))
+    mesh = everyone(
+        shape=(min(2, len(devices())), -1), names=("node", "gpu"), group=("gpu", "node")
+    )
     x, idx, weights = inputs(63, dtype="bfloat16", **sizes())
     got = run(x, idx, weights, mesh=mesh, num_experts=E, axis_name=("gpu", "node"))
     assert_matches(got, reference(x, idx, weights, num_experts=E))
@@ -125,7 +128,7 @@ def test_group_over_two_axes():
 )
 def test_groups_side_by_side(names, view):
     """Groups of neighbouring devices, and groups of devices far apart."""
-    mesh = everyone(view, (2, -1), names)
+    mesh = everyone(view, (min(2, len(devices())), -1), names)
     sets = [
         inputs(64 + g, dtype="bfloat16", **sizes(R=mesh.shape["expert"]))
         for g in range(mesh.shape["data"])
@@ -155,7 +158,7 @@ def test_initialize():
     got = run(x, idx, weights, mesh=mesh, num_experts=E)
     assert_matches(got, reference(x, idx, weights, num_experts=E))
     jax_ep.check()
-    other = Mesh(mesh.devices[::-1], mesh.axis_names)
-    with pytest.raises(ValueError, match="exists with another device order"):
-        jax_ep.initialize(other)
+    if mesh.size > 1:
+        with pytest.raises(ValueError, match="exists with another device order"):
+            jax_ep.initialize(Mesh(mesh.devices[::-1], mesh.axis_names))
     jax_ep.finalize()
