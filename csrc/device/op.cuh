@@ -33,12 +33,13 @@ class Block {
   __device__ uint64_t* done(int from, int chunk) const {
     return reinterpret_cast<uint64_t*>(base_ + at_.done) + from * kMaxChunks + chunk;
   }
-  __device__ uint64_t* plan_flag(int parity, int from, int tile) const {
-    return reinterpret_cast<uint64_t*>(base_ + at_.plan_flag) + (parity * R_ + from) * kMaxTiles +
-           tile;
+  __device__ uint64_t* hello(int parity, int from) const {
+    return reinterpret_cast<uint64_t*>(base_ + at_.hello) + parity * R_ + from;
   }
-  __device__ int16_t* routing(int parity, int from) const {
-    return reinterpret_cast<int16_t*>(base_ + at_.routing) + size_t(parity * R_ + from) * kMaxPairs;
+  // Two choices a word; the sources follow each other.
+  __device__ uint64_t* routing(int parity, int from) const {
+    return reinterpret_cast<uint64_t*>(base_ + at_.routing) +
+           size_t(parity * R_ + from) * (kMaxPairs / 2);
   }
 
  private:
@@ -63,6 +64,7 @@ class Op {
 
   // Plans that were complete, and whether some rank had failed, when this operation began.
   __device__ uint64_t plans() const { return plans_; }
+  __device__ bool was_broken() const { return was_broken_ != 0; }
   // By all threads of a block, with one answer for all: what follows has block barriers.
   __device__ bool began_broken() const {
     if (blockIdx.x == 0 && threadIdx.x == 0 && atomicExch(&header().busy, 1u) != 0) {
@@ -81,25 +83,30 @@ class Op {
   __device__ bool await(const uint64_t* word, int from, Phase phase) const {
     uint64_t seen = load_acquire_sys(word);
     if (seen == tag) return true;
-    const uint64_t start = now_ns(), bound = header().timeout_ns;
+    const uint64_t start = now_ns();
     for (;;) {
       for (int i = 0; i < 32; ++i) {
         seen = load_acquire_sys(word);
         if (seen == tag) return true;
       }
-      if (broken()) {
-        note_peer(phase);
-        return false;
-      }
-      if (seen >> 24 == tag >> 24) {
-        fail(Fault::kMismatch, phase, from, seen, tag);
-        return false;
-      }
-      if (now_ns() - start > bound) {
-        fail(Fault::kTimeout, phase, from, seen, tag);
-        return false;
-      }
+      if (hopeless(start, from, phase, seen)) return false;
     }
+  }
+
+  // Whether a wait for rank `from` that began at `start` is to be given up; `seen` is a word where
+  // that rank puts its tag.
+  __device__ bool hopeless(uint64_t start, int from, Phase phase, uint64_t seen) const {
+    if (broken()) {
+      note_peer(phase);
+      return true;
+    }
+    if (seen != tag && seen >> 24 == tag >> 24) {
+      fail(Fault::kMismatch, phase, from, seen, tag);
+      return true;
+    }
+    if (now_ns() - start <= header().timeout_ns) return false;
+    fail(Fault::kTimeout, phase, from, seen, tag);
+    return true;
   }
 
   // Record the first failure of this rank and tell all peers that the group is broken.
@@ -116,25 +123,29 @@ class Op {
     }
   }
 
-  // All blocks of this rank's launch meet; the n-th meeting, counted from 1. False: give up. Who
-  // waits for a peer meanwhile gives up first, and names it.
-  __device__ bool meet(int n) const {
+  // All blocks of this rank's launch meet; the n-th meeting, counted from 1. `done`: this thread
+  // has done its part. False: give up, as someone has not, or does not come. Who waits for a peer
+  // meanwhile gives up first, and names it.
+  __device__ bool meet(int n, bool done) const {
+    constexpr uint32_t kGaveUp = 1 << 16;  // far above the number of arrivals
     __shared__ bool met;
-    __syncthreads();
+    done = __syncthreads_and(done);
     if (threadIdx.x == 0) {
       uint32_t* arrivals = &header().barrier;
-      const uint32_t all = n * gridDim.x;
-      met = add_acq_rel_gpu(arrivals, 1) + 1 == all;  // publishes this block's writes
-      const uint64_t start = now_ns(), bound = header().timeout_ns / 4 * 5;
-      while (!met) {
-        met = load_acquire_gpu(arrivals) >= all;  // sees every block's writes
-        if (!met && broken()) break;
-        if (!met && now_ns() - start > bound) {
-          fail(Fault::kTimeout, Phase::kGrid, me, load_acquire_gpu(arrivals), all);
+      const uint32_t all = n * gridDim.x, one = done ? 1 : 1 + kGaveUp;
+      uint32_t seen = add_acq_rel_gpu(arrivals, one) + one;  // publishes this block's writes
+      uint64_t start = 0;
+      for (int polls = 0; seen < all; ++polls) {
+        if (polls == 0) start = now_ns();
+        seen = load_acquire_gpu(arrivals);  // sees every block's writes
+        if (polls % 32 != 31) continue;
+        if (broken()) break;  // a block that began broken does not come
+        if (now_ns() - start > header().timeout_ns / 4 * 5) {
+          fail(Fault::kTimeout, Phase::kGrid, me, seen, all);
           break;
         }
       }
-      if (met && broken()) met = false;  // who gave up has not done its part
+      met = seen >= all && seen < kGaveUp;
     }
     __syncthreads();
     return met;
