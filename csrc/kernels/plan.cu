@@ -296,7 +296,7 @@ __device__ void plan_phases(const PlanParams& p, const PlanSizes& sizes, const O
   for (int i = first; done && i < last; ++i) {
     done = rank_tile(p, sizes, op, tile_of(p, tiling, s, i), counts + size_t(i) * E, s);
   }
-  if (is_last && done) done = await_hellos(p);
+  if (is_last && done) done = await_hellos(op);
   if (!op.meet(1, done && sent)) return;
   const uint64_t broken = op.broken_word();  // on its way with the counts
   sum_counts(reinterpret_cast<const Vec*>(counts), sizes, A, first, s);

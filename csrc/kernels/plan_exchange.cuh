@@ -38,25 +38,21 @@ __device__ __forceinline__ int plan_parity(const Op& op) {
   return static_cast<int>(op.plans() + 1) & 1;
 }
 
-// What happens rarely is out of line, with an Op of its own: in line, the code of a failure would
-// stand several times among the instructions that every launch fetches.
+// What happens rarely is out of line, with a copy of the Op, which so stays in registers: in line,
+// the code of a failure would stand several times among the instructions that every launch fetches.
 
-__device__ __noinline__ inline void refuse_choice(const PlanParams& p, int e) {
-  const Op op(p.call);
-  op.fail(Fault::kRouting, Phase::kRouting, op.me, e, p.exchange.num_experts);
+__device__ __noinline__ inline void refuse_choice(Op op, int e, int E) {
+  op.fail(Fault::kRouting, Phase::kRouting, op.me, e, E);
 }
 
 // Whether to give up on the words of rank `source`, awaited since `start`.
-__device__ __noinline__ inline bool hopeless_words(const PlanParams& p, int source,
-                                                   uint64_t start) {
-  const Op op(p.call);
+__device__ __noinline__ inline bool hopeless_words(Op op, int source, uint64_t start) {
   const uint64_t hello = load_relaxed(op.block(op.me).hello(plan_parity(op), source));
   return op.hopeless(start, source, Phase::kRouting, hello);
 }
 
 // By one block: the peers' hellos. False: give up.
-__device__ __noinline__ inline bool await_hellos(const PlanParams& p) {
-  const Op op(p.call);
+__device__ __noinline__ inline bool await_hellos(Op op) {
   bool same = true;
   for (int r = threadIdx.x; r < op.R; r += blockDim.x) {
     if (r == op.me) continue;
@@ -83,7 +79,7 @@ __device__ inline bool publish(const PlanParams& p, const PlanSizes& sizes, cons
   bool good = true;
   while (word < words) {
     if (bad(choices.even) || bad(choices.odd)) {
-      refuse_choice(p, bad(choices.even) ? choices.even : choices.odd);
+      refuse_choice(op, bad(choices.even) ? choices.even : choices.odd, E);
       good = false;
     } else {
       const uint64_t packed = make_word(tag, choices.even, choices.odd);
@@ -136,7 +132,7 @@ __device__ inline bool gather(const PlanParams& p, const PlanSizes& sizes, const
     if (!__any_sync(kAllLanes, missing >= 0)) break;
     if (polls == 0) start = now_ns();
     if (polls % 32 != 31) continue;
-    const bool give_up = missing >= 0 && hopeless_words(p, missing / kMaxPairs, start);
+    const bool give_up = missing >= 0 && hopeless_words(op, missing / kMaxPairs, start);
     if (__any_sync(kAllLanes, give_up)) return false;
   }
 #pragma unroll
