@@ -36,12 +36,13 @@ class Block {
   __device__ uint64_t* done(int from, int chunk) const {
     return reinterpret_cast<uint64_t*>(base_ + at_.done) + from * kMaxChunks + chunk;
   }
-  __device__ uint64_t* plan_flag(int parity, int from, int tile) const {
-    return reinterpret_cast<uint64_t*>(base_ + at_.plan_flag) + (parity * R_ + from) * kMaxTiles +
-           tile;
+  __device__ uint64_t* hello(int parity, int from) const {
+    return reinterpret_cast<uint64_t*>(base_ + at_.hello) + parity * R_ + from;
   }
-  __device__ int16_t* routing(int parity, int from) const {
-    return reinterpret_cast<int16_t*>(base_ + at_.routing) + size_t(parity * R_ + from) * kMaxPairs;
+  // Two choices a word; the sources follow each other.
+  __device__ uint64_t* routing(int parity, int from) const {
+    return reinterpret_cast<uint64_t*>(base_ + at_.routing) +
+           size_t(parity * R_ + from) * (kMaxPairs / 2);
   }
 
  private:
@@ -93,25 +94,30 @@ __device__ __noinline__ inline void report_failure(const Call& call, Fault fault
   }
 }
 
+// Whether a wait for rank `from` that began at `start` is to be given up.
+__device__ __noinline__ inline bool is_hopeless(const Call& call, uint64_t tag, uint64_t start,
+                                                int from, Phase phase, uint64_t seen) {
+  const Header& mine = header_of(call);
+  if (load_relaxed(&mine.broken) != 0) {
+    report_peer(call, phase);
+    return true;
+  }
+  const bool other = seen != tag && seen >> 24 == tag >> 24;
+  if (!other && now_ns() - start <= mine.timeout_ns) return false;
+  report_failure(call, other ? Fault::kMismatch : Fault::kTimeout, phase, from, seen, tag);
+  return true;
+}
+
 __device__ __noinline__ inline bool await_longer(const Call& call, uint64_t tag,
                                                  const uint64_t* word, int from, Phase phase) {
-  const Header& mine = header_of(call);
-  const uint64_t start = now_ns(), bound = mine.timeout_ns;
+  const uint64_t start = now_ns();
   for (;;) {
     uint64_t seen;
     for (int i = 0; i < 32; ++i) {
       seen = load_acquire_sys(word);
       if (seen == tag) return true;
     }
-    if (load_relaxed(&mine.broken) != 0) {
-      report_peer(call, phase);
-      return false;
-    }
-    const bool other = seen >> 24 == tag >> 24;
-    if (other || now_ns() - start > bound) {
-      report_failure(call, other ? Fault::kMismatch : Fault::kTimeout, phase, from, seen, tag);
-      return false;
-    }
+    if (is_hopeless(call, tag, start, from, phase, seen)) return false;
   }
 }
 
@@ -141,6 +147,7 @@ class Op {
 
   // Plans that were complete, and whether some rank had failed, when this operation began.
   __device__ uint64_t plans() const { return plans_; }
+  __device__ bool was_broken() const { return was_broken_ != 0; }
   // With one answer for all threads of a block: what follows has block barriers.
   __device__ bool began_broken() const {
     // The second warp: the first has more urgent things to do.
@@ -161,22 +168,41 @@ class Op {
     return load_acquire_sys(word) == tag || await_longer(call, tag, word, from, phase);
   }
 
+  // Whether a wait for rank `from` that began at `start` is to be given up; `seen` is a word where
+  // that rank puts its tag.
+  __device__ bool hopeless(uint64_t start, int from, Phase phase, uint64_t seen) const {
+    return is_hopeless(call, tag, start, from, phase, seen);
+  }
+
   // Record the first failure of this rank and tell all peers that the group is broken.
   __device__ __forceinline__ void fail(Fault fault, Phase phase, int awaited, uint64_t seen,
                                        uint64_t wanted) const {
     report_failure(call, fault, phase, awaited, seen, wanted);
   }
 
-  // All blocks of this rank's launch meet; the n-th meeting, counted from 1. False: give up.
-  __device__ bool meet(int n) const {
+  // All blocks of this rank's launch meet; the n-th meeting, counted from 1. `done`: this thread
+  // has done its part. False: give up, as someone has not, or does not come. Who waits for a peer
+  // meanwhile gives up first, and names it.
+  __device__ bool meet(int n, bool done) const {
+    constexpr uint32_t kGaveUp = 1 << 16;  // far above the number of arrivals
     __shared__ bool met;
-    __syncthreads();
+    done = __syncthreads_and(done);
     if (threadIdx.x == 0) {
       uint32_t* arrivals = &header().barrier;
-      const uint32_t all = n * gridDim.x;
-      met = add_acq_rel_gpu(arrivals, 1) + 1 == all ||  // publishes this block's writes
-            await_block([&] { return load_acquire_gpu(arrivals) >= all; });  // sees every block's
-      if (met && broken()) met = false;  // who gave up has not done its part
+      const uint32_t all = n * gridDim.x, one = done ? 1 : 1 + kGaveUp;
+      uint32_t seen = add_acq_rel_gpu(arrivals, one) + one;  // publishes this block's writes
+      uint64_t start = 0;
+      for (int polls = 0; seen < all; ++polls) {
+        if (polls == 0) start = now_ns();
+        seen = load_acquire_gpu(arrivals);  // sees every block's writes
+        if (polls % 32 != 31) continue;
+        if (broken()) break;  // a block that began broken does not come
+        if (now_ns() - start > header().timeout_ns / 4 * 5) {
+          fail(Fault::kTimeout, Phase::kGrid, me, seen, all);
+          break;
+        }
+      }
+      met = seen >= all && seen < kGaveUp;
     }
     __syncthreads();
     return met;

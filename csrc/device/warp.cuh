@@ -28,6 +28,20 @@ __device__ __forceinline__ int warp_max(int v) {
   return v;
 }
 
+// The lanes whose value has the same low `kBits` bits as mine: match.any by ballots, whose number
+// does not depend on how many values differ.
+template <int kBits>
+__device__ __forceinline__ unsigned lanes_with(int value) {
+  unsigned same = kAllLanes;
+#pragma unroll
+  for (int bit = 0; bit < kBits; ++bit) {
+    const bool set = value >> bit & 1;
+    const unsigned with = __ballot_sync(kAllLanes, set);
+    same &= set ? with : ~with;
+  }
+  return same;
+}
+
 // Sum over the lanes before this one; `total` receives the sum over all.
 __device__ __forceinline__ int warp_prefix(int v, int* total) {
   int sum = v;

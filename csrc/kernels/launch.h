@@ -48,7 +48,7 @@ struct PlanParams {
   int32_t* counts;          // [E/R]
   int32_t* group_sizes;     // [E/R]
   int32_t* num_dropped;     // [1]
-  int32_t* scratch;         // [plan_scratch_words(exchange)]
+  int32_t* scratch;         // [plan_scratch_words(exchange)], 16-byte aligned
 };
 
 struct DispatchParams {

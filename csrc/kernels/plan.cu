@@ -1,231 +1,211 @@
 // SPDX-License-Identifier: Apache-2.0
 // plan: every rank learns the group's routing, then numbers the rows, alike on all ranks.
 //
-//   publish   my topk_idx, tile by tile, as int16 -> every peer's routing[parity][me]; flag per
-//   tile rank      per tile of 512 pairs (one warp): a pair's place among its expert's pairs in the
-//   tile,
-//             and how many pairs of each expert the tile has            -> scratch: place, counts
+//   publish   my topk_idx -> every peer's routing[parity][me], in words that carry their own tag
+//   rank      a tile of the group's tokens (one block): each pair's place among its expert's pairs
+//             in the tile                                           -> held (shared memory)
+//             how many pairs of each expert the tile has            -> counts (scratch)
 //   --- all blocks meet: counts are complete
-//   prefix    per expert (one warp): pairs in the tiles before each tile -> scratch: before, totals
-//   --- all blocks meet: prefixes are complete
-//   place     segments from the totals (each block for itself), then row = segment start + pairs in
-//             tiles before + place in tile, for every pair of the group  -> outputs
+//   sum       the table of counts, each block for itself: pairs of each expert in all tiles, and
+//             in those before its own                               -> totals, before (shared)
+//   segments  from the totals, each block for itself                -> kept, start, room (shared)
+//   place     row = start + before + place in tile, for the pairs of my tile -> outputs
 //
-// The stable order (expert, source rank, token, k) is the order of (tile, pair in tile) per expert,
-// as tiles are numbered by source rank and then by pair. A peer may be one plan ahead, never two:
-// it cannot finish that plan without my flags. Hence two copies of routing and flags, by parity.
-#include <climits>
+// The stable order (expert, source rank, token, k) is the order of (tile, warp, pair in warp) per
+// expert, as all of them are neighbouring runs of the group's pairs. How words travel, and who may
+// overwrite them when: plan_exchange.cuh. A rank's counts are written and read by its own blocks,
+// which the meeting orders; the next plan's follow on the stream.
+#include <algorithm>
 
-#include "../device/op.cuh"
-#include "../device/warp.cuh"
-#include "launch.h"
+#include "plan_exchange.cuh"
+#include "plan_segments.cuh"
 
 namespace jax_ep {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kWarps = kThreads / 32;
+constexpr int kThreads = kPlanThreads;
+constexpr int kWarps = kPlanWarps;
+constexpr int kExpertBits = 12;
+static_assert(kMaxExperts < 1 << kExpertBits, "an expert and none have different bits");
+static_assert(kMaxExperts / 8 <= kThreads, "a thread sums 8 experts");
 
-// Where the pieces of the scratch buffer are.
-struct Scratch {
-  int32_t* before;   // [tiles, E] pairs of e in earlier tiles
-  int32_t* totals;   // [E]
-  uint16_t* counts;  // [tiles, E] pairs of e in the tile
-  uint16_t* place;   // [tiles * kTilePairs] a pair's place in its tile
+// A block's shared memory: what is ranked, and behind it the counters of its warps, whose place the
+// sums and segments take after the meeting.
+struct Shared {
+  uint32_t* held;   // [pairs of a tile] {expert 16, place in the tile 16}
+  uint16_t* seen;   // [kWarps, E] pairs of e that the warp has seen; then, in the warps before it
+  int32_t* totals;  // [E]
+  int32_t* before;  // [E] pairs of e in tiles before mine; follows the totals
+  int32_t* blocks;  // [E] of A rows that e wants
+  Vec* partials;    // [groups of threads, totals and before, E] 16 bits, until there are segments
+  Segments segments;
+
+  __device__ Shared(char* base, const PlanSizes& sizes) {
+    const int E = sizes.experts;
+    held = reinterpret_cast<uint32_t*>(base);
+    seen = reinterpret_cast<uint16_t*>(held + sizes.held);
+    totals = reinterpret_cast<int32_t*>(held + sizes.held);
+    before = totals + E;
+    blocks = before + E;
+    partials = reinterpret_cast<Vec*>(blocks + E);
+    segments = {blocks + E, blocks + 2 * E, blocks + 3 * E};
+  }
+  static size_t bytes(const PlanSizes& sizes) {
+    const size_t E = sizes.experts, counters = 2 * E * kWarps, partials = 4 * E * sizes.groups;
+    return 4 * sizes.held + std::max(counters, 12 * E + std::max(partials, 12 * E));
+  }
 };
 
-JAX_EP_HD int tiles_of(const Exchange& e) { return ceil_div(e.num_pairs(), kTilePairs); }
+// What a block works on: tokens of the group, source rank * T + token.
+struct Tile {
+  int first, last;  // tokens
+  uint32_t* held;   // of its pairs: in shared memory, or where their rows will be
+};
 
-__device__ Scratch scratch_of(const PlanParams& p) {
-  const Exchange& e = p.exchange;
-  const int tiles = e.num_ranks * tiles_of(e);
-  Scratch s;
-  s.before = p.scratch;
-  s.totals = s.before + size_t(tiles) * e.num_experts;
-  s.counts = reinterpret_cast<uint16_t*>(s.totals + e.num_experts);
-  s.place = s.counts + size_t(tiles) * e.num_experts;
-  return s;
+__device__ Tile tile_of(const PlanParams& p, const Tiling& tiling, const Shared& s, int index) {
+  const int first = index * tiling.tokens;
+  const int last = min_int(first + tiling.tokens, p.exchange.num_ranks * p.exchange.num_tokens);
+  auto* rows = reinterpret_cast<uint32_t*>(p.token_rows) + size_t(first) * p.exchange.top_k;
+  return {first, last, tiling.per_block == 1 ? s.held : rows};
 }
 
-struct Warp {
-  int lane = threadIdx.x % 32;
-  int in_block = threadIdx.x / 32;
-  int index = blockIdx.x + gridDim.x * (threadIdx.x / 32);  // neighbours on different SMs
-  int count = gridDim.x * kWarps;
-};
-
-// Push one tile of my routing to all ranks, me included.
-__device__ void publish_tile(const PlanParams& p, const Op& op, int parity, int tile, int lane) {
-  const int pairs = p.exchange.num_pairs(), E = p.exchange.num_experts;
-  for (int at = tile * kTilePairs + lane * 8; at < min_int((tile + 1) * kTilePairs, pairs);
-       at += 32 * 8) {
-    union {
-      Vec vec;
-      int16_t idx[8];
-    } packed;
+// By one warp: places of the pairs [from, to) of the tile among those of their expert in this warp,
+// in order; `seen` counts. False: give up.
+__device__ bool rank_run(const PlanParams& p, const PlanSizes& sizes, const Op& op,
+                         const Tile& tile, int from, int to, uint16_t* seen) {
+  const int first = tile.first * p.exchange.top_k;
+  for (int base = from; base < to; base += 32 * kGathered) {
+    int expert[kGathered];
+    if (!gather(p, sizes, op, first + base, first + to, expert)) return false;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int e = at + i < pairs ? p.topk_idx[at + i] : -1;
-      if (e < -1 || e >= E) op.fail(Fault::kRouting, Phase::kRouting, op.me, e, E);
-      packed.idx[i] = e < 0 || e >= E ? -1 : e;
-    }
-    for (int r = 0; r < op.R; ++r) {
-      *reinterpret_cast<Vec*>(op.block(r).routing(parity, op.me) + at) = packed.vec;
+    for (int j = 0; j < kGathered; ++j) {
+      const int at = base + 32 * j + lane_id(), e = expert[j];
+      if (base + 32 * j >= to) break;  // the same in all lanes
+      const unsigned same = lanes_with<kExpertBits>(e);
+      const int earlier = __popc(same & ((1u << lane_id()) - 1));
+      const int place = e < 0 ? 0 : seen[e] + earlier;
+      __syncwarp();
+      if (e >= 0 && earlier == 0) seen[e] = place + __popc(same);
+      __syncwarp();
+      if (at < to) tile.held[at] = static_cast<uint32_t>(e) << 16 | place;
     }
   }
-  __syncwarp();  // the warp's pushes before the flags
-  for (int r = lane; r < op.R; r += 32) {
-    store_release_sys(op.block(r).plan_flag(parity, op.me, tile), op.tag);  // publishes the tile
+  return true;
+}
+
+// For each expert, two at a time: pairs in the warps before each warp, and in the tile.
+__device__ void prefix_warps(uint32_t* seen, uint32_t* counts, int words) {
+#pragma unroll 1
+  for (int w = threadIdx.x; w < words; w += kThreads) {
+    uint32_t n[kWarps], sum = 0;
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) n[i] = seen[i * words + w];
+#pragma unroll
+    for (int i = 0; i < kWarps; ++i) {
+      seen[i * words + w] = sum;
+      sum += n[i];
+    }
+    counts[w] = sum;
   }
 }
 
-// Rank the pairs of one tile: their places, and the tile's count of each expert.
-__device__ void rank_tile(const PlanParams& p, const Op& op, const Scratch& s, int parity, int tile,
-                          uint16_t* seen, int lane) {
-  const int E = p.exchange.num_experts, per_rank = tiles_of(p.exchange);
-  const int source = tile / per_rank, first = tile % per_rank * kTilePairs;
-  bool arrived = true;
-  if (lane == 0) {  // acquires the tile that `source` published
-    arrived = op.await(op.block(op.me).plan_flag(parity, source, tile % per_rank), source,
-                       Phase::kRouting);
-  }
-  __syncwarp();  // what the first lane has acquired, all lanes may read
-  if (!__shfl_sync(kAllLanes, arrived, 0)) return;
-  for (int e = lane; e < E; e += 32) seen[e] = 0;
+// By all threads of a block: `held` and `counts` of one tile. False, for all of them: give up.
+__device__ bool rank_tile(const PlanParams& p, const PlanSizes& sizes, const Op& op,
+                          const Tile& tile, uint16_t* counts, const Shared& s) {
+  const int E = sizes.experts, warp = threadIdx.x / 32;
+  const int pairs = (tile.last - tile.first) * p.exchange.top_k;
+  const int run = (pairs + kThreads - 1) / kThreads * 32;
+  const int from = min_int(warp * run, pairs), to = min_int(from + run, pairs);
+  uint16_t* seen = s.seen + warp * E;
+#pragma unroll 1
+  for (int i = lane_id(); i < E / 8; i += 32) reinterpret_cast<Vec*>(seen)[i] = Vec{};
   __syncwarp();
-  const int16_t* routing = op.block(op.me).routing(parity, source);
-  const int pairs = min_int(kTilePairs, p.exchange.num_pairs() - first);
-  int experts[kTilePairs / 32];
-#pragma unroll
-  for (int i = 0; i < kTilePairs / 32; ++i) {
-    const int at = i * 32 + lane;
-    experts[i] = at < pairs ? *reinterpret_cast<const volatile int16_t*>(routing + first + at) : -1;
+  const bool ranked = rank_run(p, sizes, op, tile, from, to, seen);
+  if (!__syncthreads_and(ranked)) return false;
+  prefix_warps(reinterpret_cast<uint32_t*>(s.seen), reinterpret_cast<uint32_t*>(counts), E / 2);
+  __syncthreads();
+  for (int at = from + lane_id(); at < to; at += 32) {  // what this lane has stored
+    const int e = static_cast<int>(tile.held[at]) >> 16;
+    if (e >= 0) tile.held[at] += seen[e];
   }
-#pragma unroll
-  for (int i = 0; i < kTilePairs / 32; ++i) {
-    const int at = i * 32 + lane, e = experts[i];
-    const unsigned same = __match_any_sync(kAllLanes, e);
-    const int earlier = __popc(same & ((1u << lane) - 1));
-    const int base = e < 0 ? 0 : seen[e];
-    __syncwarp();
-    if (e >= 0 && earlier == 0) seen[e] = base + __popc(same);
-    __syncwarp();
-    if (at < pairs) s.place[size_t(tile) * kTilePairs + at] = base + earlier;
-  }
-  for (int e = lane; e < E; e += 32) s.counts[size_t(tile) * E + e] = seen[e];
-  __syncwarp();
+  __syncwarp();  // before the next tile's zeros
+  return true;
 }
 
-// For one expert: the number of its pairs before each tile, and in all.
-__device__ void prefix_expert(const PlanParams& p, const Scratch& s, int expert, int lane) {
-  const int E = p.exchange.num_experts, tiles = p.exchange.num_ranks * tiles_of(p.exchange);
-  constexpr int kBatch = 4;
-  int total = 0;
-  for (int first = 0; first < tiles; first += 32 * kBatch) {
-    int mine[kBatch];
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int tile = first + 32 * j + lane;
-      mine[j] = tile < tiles ? s.counts[size_t(tile) * E + expert] : 0;
-    }
-#pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int tile = first + 32 * j + lane;
-      int sum;
-      const int before = total + warp_prefix(mine[j], &sum);
-      if (tile < tiles) s.before[size_t(tile) * E + expert] = before;
-      total += sum;
-    }
-  }
-  if (lane == 0) s.totals[expert] = total;
+// Sums of two counts of 16 bits each.
+__device__ __forceinline__ void add_pairs(Vec* sum, const Vec& v) {
+  sum->x += v.x;
+  sum->y += v.y;
+  sum->z += v.z;
+  sum->w += v.w;
 }
 
-// Segments of one rank's experts: `kept[e]` pairs from row `start[e]`, `room[e]` rows. By one warp.
-__device__ void segment_rank(const Exchange& x, const int32_t* totals, int rank, int32_t* kept,
-                             int32_t* start, int32_t* room, int lane) {
-  const int local = x.local_experts(), A = x.alignment, first = rank * local;
-  if (x.batched) {
-    const int C = x.num_rows / local;
-    for (int e = lane; e < local; e += 32) {
-      const int keep = min_int(totals[first + e], C);
-      kept[first + e] = keep;
-      start[first + e] = e * C;
-      room[first + e] = min_int(ceil_div(keep, A) * A, C);
+// Pairs of each expert in all tiles, and in those before `mine`; blocks of all. A thread has 8
+// experts and every so-many-th tile, counted from `mine`, so that blocks do not all ask for the
+// same lines first; then the groups of threads are summed through shared memory.
+__device__ void sum_counts(const Vec* counts, const PlanSizes& sizes, int A, int mine,
+                           const Shared& s) {
+  const int E = sizes.experts, width = E / 8, tiles = sizes.tiling.tiles, groups = sizes.groups;
+  const int group = sizes.by_width(threadIdx.x), v = threadIdx.x - group * width;
+  for (int base = 0; base < tiles; base += groups * kTableRows) {
+    if (group < groups) {
+      Vec row[kTableRows], sum{}, sum_before{};
+#pragma unroll
+      for (int j = 0; j < kTableRows; ++j) {
+        const int i = base + j * groups + group;
+        const int tile = i + mine < tiles ? i + mine : i + mine - tiles;
+        row[j] = i < tiles ? counts[tile * width + v] : Vec{};
+      }
+#pragma unroll
+      for (int j = 0; j < kTableRows; ++j) {
+        add_pairs(&sum, row[j]);
+        if (base + j * groups + group + mine >= tiles) add_pairs(&sum_before, row[j]);
+      }
+      s.partials[2 * group * width + v] = sum;
+      s.partials[(2 * group + 1) * width + v] = sum_before;
     }
-    return;
-  }
-  // Each lane has a run of neighbouring experts: two prefix sums over the lanes are enough.
-  const int per_lane = ceil_div(local, 32);
-  const int from = min_int(lane * per_lane, local), to = min_int(from + per_lane, local);
-  auto blocks_of = [&](int e) { return ceil_div(totals[first + e], A); };
-  int most = 0, wanted = 0;
-  for (int e = from; e < to; ++e) {
-    most = max_int(most, blocks_of(e));
-    wanted += blocks_of(e);
-  }
-  const int budget = x.num_rows / A;
-  int level = INT_MAX, order = 0, left = 0;
-  if (warp_sum(wanted) > budget) {
-    auto sum_at = [&](int l) {
-      int sum = 0;
-      for (int e = from; e < to; ++e) sum += min_int(blocks_of(e), l);
-      return warp_sum(sum);
-    };
-    level = water_level(warp_max(most), budget, sum_at);
-    left = budget - sum_at(level);
-    int hungry = 0, all;
-    for (int e = from; e < to; ++e) hungry += blocks_of(e) > level;
-    order = warp_prefix(hungry, &all);
-  }
-  int rows = 0, all_rows;
-  for (int e = from; e < to; ++e) {
-    const bool more = blocks_of(e) > level;
-    const int granted = min_int(blocks_of(e), level) + (more && order < left);
-    order += more;
-    kept[first + e] = min_int(totals[first + e], granted * A);
-    room[first + e] = granted * A;
-    rows += granted * A;
-  }
-  int at = warp_prefix(rows, &all_rows);
-  for (int e = from; e < to; ++e) {
-    start[first + e] = at;
-    at += room[first + e];
+    __syncthreads();
+#pragma unroll 1
+    for (int w = threadIdx.x; w < E; w += kThreads) {  // two experts a word, totals then `before`
+      int2 sum = base == 0 ? int2{} : reinterpret_cast<int2*>(s.totals)[w];
+#pragma unroll 8
+      for (int g = 0; g < groups; ++g) {
+        const uint32_t two = reinterpret_cast<const uint32_t*>(s.partials)[g * E + w];
+        sum.x += two & 0xffff;
+        sum.y += two >> 16;
+      }
+      reinterpret_cast<int2*>(s.totals)[w] = sum;
+      if (w >= E / 2) continue;
+      reinterpret_cast<int2*>(s.blocks)[w] = {sizes.by_alignment(sum.x + A - 1),
+                                              sizes.by_alignment(sum.y + A - 1)};
+    }
+    __syncthreads();
   }
 }
 
-struct Segments {
-  int32_t* kept;   // [E]
-  int32_t* start;  // [E] in the owner's buffer
-  int32_t* room;   // [E]
-};
-
-// Rows of every pair: a group of lanes, as many as the power of two above K, holds one token.
-__device__ void place_tokens(const PlanParams& p, const Op& op, const Scratch& s,
-                             const Segments& seg, int parity, const Warp& w) {
-  const Exchange& x = p.exchange;
-  const int K = x.top_k, T = x.num_tokens, E = x.num_experts, local = x.local_experts();
-  const int per_rank = tiles_of(x);
-  int width = 1;
-  while (width < K) width *= 2;
-  const int k = w.lane % width, tokens_per_warp = 32 / width, group = w.lane / width * width;
+// Rows of the tile's pairs: a group of lanes, as many as the power of two above K, holds one token.
+__device__ void place_tile(const PlanParams& p, const PlanSizes& sizes, const Op& op,
+                           const Tile& tile, const Shared& s) {
+  const Segments& seg = s.segments;
+  const int K = p.exchange.top_k, T = p.exchange.num_tokens;
+  const int shift = K == 1 ? 0 : 32 - __clz(K - 1), width = 1 << shift;
+  const int k = lane_id() & (width - 1), group = lane_id() - k, per_warp = 32 >> shift;
   const unsigned lanes = (width == 32 ? kAllLanes : (1u << width) - 1) << group;
-  for (int first = w.index * tokens_per_warp; first < op.R * T;
-       first += w.count * tokens_per_warp) {
-    const int token = first + w.lane / width;  // source * T + t
-    const bool is_pair = token < op.R * T && k < K;
-    const int source = token / T, pair = token % T * K + k;
+  for (int first = tile.first + threadIdx.x / 32 * per_warp; first < tile.last;
+       first += kWarps * per_warp) {
+    const int token = first + (lane_id() >> shift);
+    const bool is_pair = token < tile.last && k < K;
+    const int source = sizes.by_tokens(token);
     int e = -1, row = -1;
     if (is_pair) {
-      e = *reinterpret_cast<const volatile int16_t*>(op.block(op.me).routing(parity, source) +
-                                                     pair);
+      const uint32_t held = tile.held[(token - tile.first) * K + k];
+      e = static_cast<int>(held) >> 16;
       if (e >= 0) {
-        const int tile = source * per_rank + pair / kTilePairs;
-        const int position =
-            s.before[size_t(tile) * E + e] + s.place[size_t(tile) * kTilePairs + pair % kTilePairs];
+        const int position = s.before[e] + static_cast<int>(held & 0xffff);
         if (position < seg.kept[e]) row = seg.start[e] + position;
       }
     }
-    const int owner = e < 0 ? -1 : e / local;
+    const int owner = e < 0 ? -1 : sizes.by_local(e);
     const bool mine = owner == op.me && row >= 0;
     int smaller = 0, earlier_empty = 0;
     bool first_of_rank = owner >= 0 && owner != source && owner < op.me;
@@ -239,24 +219,23 @@ __device__ void place_tokens(const PlanParams& p, const Op& op, const Scratch& s
     const int found = __popc(__ballot_sync(kAllLanes, mine) & lanes);
     const int slot = __popc(__ballot_sync(kAllLanes, first_of_rank) & lanes);
     if (!is_pair) continue;
+    // `held` may be here: the token's lanes have read theirs before the exchange above.
     p.token_rows[size_t(token) * K + (mine ? smaller : found + earlier_empty)] = mine ? row : -1;
     if (k == 0) p.token_slot[token] = slot;
     if (mine) p.row_pair[row] = token * K + k;
     if (source == op.me) {
+      const int pair = (token - source * T) * K + k;
       p.pair_rank[pair] = owner;
       p.pair_row[pair] = row;
     }
   }
 }
 
-// What no pair says: experts of rows, padding, tail, counts.
-__device__ void describe_rows(const PlanParams& p, const Op& op, const Scratch& s,
-                              const Segments& seg) {
-  const Exchange& x = p.exchange;
-  const int local = x.local_experts(), first = op.me * local;
+// What no pair says: experts of rows, padding, tail.
+__device__ void describe_rows(const PlanParams& p, int local, const Op& op, const Segments& seg) {
+  const int first = op.me * local, rows = p.exchange.num_rows;
   const int32_t* start = seg.start + first;
-  for (int row = blockIdx.x * kThreads + threadIdx.x; row < x.num_rows;
-       row += gridDim.x * kThreads) {
+  for (int row = blockIdx.x * kThreads + threadIdx.x; row < rows; row += gridDim.x * kThreads) {
     int low = 0, high = local;  // the last segment that starts at or before the row
     while (high - low > 1) {
       const int middle = (low + high) / 2;
@@ -271,21 +250,26 @@ __device__ void describe_rows(const PlanParams& p, const Op& op, const Scratch& 
     p.expert_ids[row] = owned ? low : -1;
     if (!owned) p.row_pair[row] = position < seg.room[first + low] ? kRowPadding : kRowTail;
   }
-  if (blockIdx.x == 0) {
-    __shared__ int dropped;
-    if (threadIdx.x == 0) dropped = 0;
-    __syncthreads();
-    for (int e = threadIdx.x; e < local; e += kThreads) {
-      p.counts[e] = seg.kept[first + e];
-      p.group_sizes[e] = seg.room[first + e];
-      atomicAdd(&dropped, s.totals[first + e] - seg.kept[first + e]);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) p.num_dropped[0] = dropped;
-  }
 }
 
-__device__ void poison_plan(const PlanParams& p) {
+// By one block.
+__device__ void describe_experts(const PlanParams& p, int local, const Op& op, const Shared& s) {
+  const int first = op.me * local;
+  __shared__ int dropped;
+  if (threadIdx.x == 0) dropped = 0;
+  __syncthreads();
+#pragma unroll 1
+  for (int e = threadIdx.x; e < local; e += kThreads) {
+    p.counts[e] = s.segments.kept[first + e];
+    p.group_sizes[e] = s.segments.room[first + e];
+    atomicAdd(&dropped, s.totals[first + e] - s.segments.kept[first + e]);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) p.num_dropped[0] = dropped;
+}
+
+// Rare, hence out of line.
+__device__ __noinline__ void poison_plan(const PlanParams& p) {
   const Exchange& x = p.exchange;
   const size_t pairs = x.num_pairs();
   poison_bytes(p.pair_rank, 4 * pairs);
@@ -299,67 +283,82 @@ __device__ void poison_plan(const PlanParams& p) {
   poison_bytes(p.num_dropped, 4, 0);
 }
 
-__device__ void plan_phases(const PlanParams& p, const Op& op, char* shared) {
-  const Exchange& x = p.exchange;
-  const Scratch s = scratch_of(p);
-  const Warp w;
-  const int parity = (op.plans() + 1) & 1, tiles = tiles_of(x), E = x.num_experts;
-  for (int tile = w.index; tile < tiles; tile += w.count) publish_tile(p, op, parity, tile, w.lane);
-  auto* seen = reinterpret_cast<uint16_t*>(shared) + size_t(w.in_block) * E;
-  for (int tile = w.index; tile < op.R * tiles; tile += w.count) {
-    rank_tile(p, op, s, parity, tile, seen, w.lane);
+// `sent`: this thread has published its words.
+__device__ void plan_phases(const PlanParams& p, const PlanSizes& sizes, const Op& op, bool sent,
+                            const Shared& s) {
+  const Tiling& tiling = sizes.tiling;
+  const int E = sizes.experts, A = p.exchange.alignment;
+  const int first = min_int(blockIdx.x * tiling.per_block, tiling.tiles);
+  const int last = min_int(first + tiling.per_block, tiling.tiles);
+  const bool is_last = blockIdx.x == gridDim.x - 1;  // has the fewest tiles, mostly none
+  auto* counts = reinterpret_cast<uint16_t*>(p.scratch);
+  bool done = true;
+  for (int i = first; done && i < last; ++i) {
+    done = rank_tile(p, sizes, op, tile_of(p, tiling, s, i), counts + size_t(i) * E, s);
   }
-  if (!op.meet(1)) return;
-  for (int e = w.index; e < E; e += w.count) prefix_expert(p, s, e, w.lane);
-  if (!op.meet(2)) return;
-  auto* words = reinterpret_cast<int32_t*>(shared);
-  const Segments seg{words, words + E, words + 2 * E};
-  int32_t* totals = words + 3 * E;
-  for (int e = threadIdx.x; e < E; e += kThreads) totals[e] = s.totals[e];
-  __syncthreads();
-  for (int r = w.in_block; r < op.R; r += kWarps) {
-    segment_rank(x, totals, r, seg.kept, seg.start, seg.room, w.lane);
+  if (is_last && done) done = await_hellos(op);
+  if (!op.meet(1, done && sent)) return;
+  const uint64_t broken = op.broken_word();  // on its way with the counts
+  sum_counts(reinterpret_cast<const Vec*>(counts), sizes, A, first, s);
+  for (int r = threadIdx.x / 32; r < op.R; r += kWarps) {
+    const Wanted wanted{s.totals, s.blocks};
+    if (p.exchange.batched) {
+      batched_segments(sizes, A, wanted, r * sizes.local, s.segments);
+    } else {
+      ragged_segments(sizes, A, wanted, r * sizes.local, s.segments);
+    }
   }
-  __syncthreads();
-  place_tokens(p, op, s, seg, parity, w);
-  describe_rows(p, op, s, seg);
+  if (__syncthreads_or(broken != 0)) return;
+  for (int i = first; i < last; ++i) {
+    place_tile(p, sizes, op, tile_of(p, tiling, s, i), s);
+    if (i + 1 == last) break;
+    __syncthreads();
+#pragma unroll 1
+    for (int e = threadIdx.x; e < E; e += kThreads) s.before[e] += counts[size_t(i) * E + e];
+    __syncthreads();
+  }
+  describe_rows(p, sizes.local, op, s.segments);
+  if (is_last) describe_experts(p, sizes.local, op, s);
 }
 
-__device__ void plan_body(const PlanParams& p) {
+__device__ void plan_body(const PlanParams& p, const PlanSizes& sizes) {
   extern __shared__ __align__(16) char shared[];
+  const int word = (blockIdx.x + gridDim.x * (threadIdx.x / 32)) * 32 + lane_id();
+  const Choices choices = choices_of(p, sizes.pairs, word);  // on their way with the header
   const Op op(p.call);
-  if (!op.began_broken()) plan_phases(p, op, shared);
+  const bool sent = publish(p, sizes, op, word, choices);
+  if (!op.began_broken()) plan_phases(p, sizes, op, sent, Shared(shared, sizes));
   op.leave([&] { poison_plan(p); });
 }
 
-__global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ PlanParams p) {
-  plan_body(p);
+// One block an SM: all registers for loads in flight.
+__global__ void __launch_bounds__(kThreads, 1)
+    plan_kernel(const __grid_constant__ PlanParams p, const __grid_constant__ PlanSizes sizes) {
+  plan_body(p, sizes);
 }
 
-__global__ void __launch_bounds__(kThreads) plan_all_ranks(const PlanParams* p) {
-  plan_body(p[blockIdx.y]);
+__global__ void __launch_bounds__(kThreads, 1)
+    plan_all_ranks(const PlanParams* p, const __grid_constant__ PlanSizes sizes) {
+  plan_body(p[blockIdx.y], sizes);
 }
 
 }  // namespace
 
-size_t plan_scratch_words(const Exchange& e) {
-  const size_t tiles = size_t(e.num_ranks) * tiles_of(e);
-  const size_t halves = tiles * e.num_experts + tiles * kTilePairs;
-  return tiles * e.num_experts + e.num_experts + (halves + 1) / 2;
-}
+size_t plan_scratch_words(const Exchange& e) { return PlanSizes::table_words(e); }
 
 cudaError_t launch_plan(const PlanParams* params, const Exchange& e, const Launch& how) {
-  // Per warp one counter of 16 bits an expert; later four words an expert for the block.
-  const size_t shared = size_t(e.num_experts) * max_int(2 * kWarps, 16);
+  const PlanSizes sizes(e, how.num_sms);
+  const size_t shared = Shared::bytes(sizes);
   const void* kernel = how.all_ranks ? reinterpret_cast<const void*>(&plan_all_ranks)
                                      : reinterpret_cast<const void*>(&plan_kernel);
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
   if (error != cudaSuccess) return error;
   if (how.all_ranks) {
-    plan_all_ranks<<<dim3(how.num_sms, how.all_ranks), kThreads, shared, how.stream>>>(params);
+    plan_all_ranks<<<dim3(how.num_sms, how.all_ranks), kThreads, shared, how.stream>>>(params,
+                                                                                       sizes);
   } else {
-    plan_kernel<<<how.num_sms, kThreads, shared, how.stream>>>(*params);
+    plan_kernel<<<how.num_sms, kThreads, shared, how.stream>>>(*params, sizes);
   }
   return cudaPeekAtLastError();
 }

@@ -4,7 +4,8 @@
 //
 // A flag word is {state 2, generation 6, epoch 32, signature 24} and is compared for equality: the
 // epoch counts the group's operations on the device, the signature tells operations and shapes
-// apart.
+// apart. A word of routing has no flag: it carries two choices and a tag of 32 bits, and is stored
+// and loaded whole.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,10 +16,8 @@ namespace jax_ep {
 
 constexpr int kMaxRanks = 64;
 constexpr int kMaxTopK = 32;
-constexpr int kMaxExperts = 3072;  // routing travels as int16
-constexpr int kMaxPairs = 65536;   // T*K of one rank
-constexpr int kTilePairs = 256;    // pairs that one warp ranks
-constexpr int kMaxTiles = kMaxPairs / kTilePairs;
+constexpr int kMaxExperts = 3072;   // routing travels as int16
+constexpr int kMaxPairs = 65536;    // T*K of one rank
 constexpr int kMaxChunks = 256;     // done flags of one source in one operation
 constexpr int kMaxOutputs = 3;      // buffers of one operation that peers write
 constexpr int kMaxAllocations = 8;  // pieces of a peer's memory that this process has mapped
@@ -93,7 +92,7 @@ struct Field {
 
 // Where the pieces are, in a group of `num_ranks`; the same on every rank.
 struct ControlLayout {
-  uint32_t header, mapping, pushed, borrowed, lease, left, ready, done, plan_flag, routing, total;
+  uint32_t header, mapping, pushed, borrowed, lease, left, ready, done, hello, routing, total;
 };
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -112,8 +111,8 @@ constexpr void visit_control(int num_ranks, Visit&& visit) {
   visit("left", "peer p, after a failure: left[p]", R * sizeof(uint64_t));
   visit("ready", "peer p: ready[p]", R * sizeof(Ready));
   visit("done", "peer p: done[p][chunk]", R * kMaxChunks * sizeof(uint64_t));
-  visit("plan_flag", "peer p: plan_flag[parity][p][tile]", 2 * R * kMaxTiles * sizeof(uint64_t));
-  visit("routing", "peer p: routing[parity][p][pair]", 2 * R * kMaxPairs * sizeof(int16_t));
+  visit("hello", "peer p: hello[parity][p]", 2 * R * sizeof(uint64_t));
+  visit("routing", "peer p: routing[parity][p][pair/2]", 2 * R * kMaxPairs / 2 * sizeof(uint64_t));
 }
 
 // Offsets of the fields; `fields`, if given, receives names and sizes too.
@@ -134,6 +133,26 @@ constexpr ControlLayout control_layout(int num_ranks, Field* fields = nullptr) {
 
 JAX_EP_HD uint64_t make_tag(uint64_t generation, uint64_t epoch, uint32_t signature) {
   return ((generation & 0x3f) << 56) | ((epoch & 0xffffffffu) << 24) | (signature & 0xffffffu);
+}
+
+// The tag of a word of routing: one for each of the 2^32 operations of a generation, shifted by the
+// generation, so that a word which its sender stores late is not taken for one of the next. Never
+// zero, as memory that nobody has written is.
+JAX_EP_HD uint32_t word_tag(uint64_t tag) {
+  const uint32_t epoch = static_cast<uint32_t>(tag >> 24);
+  const uint32_t mixed = epoch + static_cast<uint32_t>(tag >> 56) * 0x9e3779b1u;
+  return mixed == 0 ? 1 : mixed;
+}
+
+JAX_EP_HD uint64_t make_word(uint32_t tag, int even, int odd) {
+  return uint64_t{tag} << 32 | (odd & 0xffffu) << 16 | (even & 0xffffu);
+}
+
+JAX_EP_HD uint32_t tag_of(uint64_t word) { return static_cast<uint32_t>(word >> 32); }
+
+// The choice of pair `pair`, which the word holds.
+JAX_EP_HD int choice_of(uint64_t word, int pair) {
+  return static_cast<int16_t>(word >> (pair % 2 * 16));
 }
 
 // The peers of one rank as its kernels see them; a kernel argument.

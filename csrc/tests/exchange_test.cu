@@ -24,12 +24,14 @@ Case random_case(std::mt19937& rng, const Options& o, int R) {
   Case c;
   Exchange& x = c.x;
   x.num_ranks = R;
-  const int local = pick(1, o.small ? 4 : 24);
+  const bool wide = !o.small && chance(0.15);  // large for the plan alone
+  const int local = wide ? pick(1, kMaxExperts / R) : pick(1, o.small ? 4 : 24);
   x.num_experts = R * local;
   x.num_tokens = chance(0.1) ? 1 : pick(1, o.small ? 24 : chance(0.1) ? 300 : 80);
   x.top_k = pick(1, chance(0.2) ? 32 : 8);
   x.alignment = chance(0.5) ? 1 : pick(2, 16);
-  x.batched = chance(0.25);
+  x.batched = !wide && chance(0.25);
+  if (wide) x.num_tokens = pick(1, 8000 / x.top_k);
   const int T = x.num_tokens, K = x.top_k, A = x.alignment;
   if (x.batched) {
     const int C = chance(0.5) ? R * T : std::max(1, pick(1, R * T));
@@ -46,8 +48,11 @@ Case random_case(std::mt19937& rng, const Options& o, int R) {
   if (kind == 2) c.wire = Wire::kDequantized;
   const bool fp8 = kind != 0;
   const int vec = int(16 / size_of(c.type));
-  c.hidden = fp8 ? kScaleBlock * pick(1, o.small ? 3 : 9)
-                 : vec * pick(1, o.small       ? 40
+  c.hidden = fp8 ? kScaleBlock * pick(1, wide      ? 1
+                                         : o.small ? 3
+                                                   : 9)
+                 : vec * pick(1, wide          ? 4
+                                 : o.small     ? 40
                                  : chance(0.1) ? 900
                                                : 70);
   c.power_of_two = chance(0.3);

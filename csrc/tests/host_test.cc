@@ -2,12 +2,14 @@
 // What can be proved without a GPU: the layout of the control block, the cutting of work, the rows
 // granted to experts, the host plan's own invariants.
 #include <algorithm>
+#include <climits>
 #include <cstdio>
 #include <random>
 #include <set>
 
 #include "../layout/control.h"
 #include "../plan/host_plan.h"
+#include "../plan/tiling.h"
 #include "expect.h"
 
 namespace jax_ep {
@@ -35,6 +37,58 @@ void tags_tell_operations_apart() {
         const uint64_t tag = make_tag(generation, epoch, signature);
         EXPECT(seen.insert(tag).second);
         EXPECT((tag & (kTaken | kRevoked)) == 0);
+      }
+    }
+  }
+}
+
+void words_carry_two_choices_and_a_tag() {
+  std::set<uint32_t> tags;
+  for (uint64_t generation : {1, 2, 3, 62, 63}) {
+    for (uint64_t epoch : {1ull, 2ull, 3ull, 1000000ull, 0xffffffffull}) {
+      const uint64_t tag = make_tag(generation, epoch, 0x123456);
+      EXPECT(word_tag(tag) != 0 && tags.insert(word_tag(tag)).second);
+      EXPECT(word_tag(tag) == word_tag(make_tag(generation, epoch, 0)));
+    }
+  }
+  EXPECT(word_tag(make_tag(1, 0u - 0x9e3779b1u, 0)) != 0);
+  for (int even : {-1, 0, 7, kMaxExperts - 1}) {
+    for (int odd : {-1, 0, 8, kMaxExperts - 1}) {
+      const uint64_t word = make_word(0xfedcba98u, even, odd);
+      EXPECT(tag_of(word) == 0xfedcba98u);
+      EXPECT(choice_of(word, 12) == even && choice_of(word, 13) == odd);
+    }
+  }
+}
+
+void dividers_divide() {
+  std::mt19937 rng(4);
+  for (int divisor : {1, 2, 3, 7, 8, 127, 128, 3072, 4095, 65535, 65536, 1 << 30, INT_MAX}) {
+    const Divider divide(divisor);
+    for (int n : {0, 1, divisor - 1, divisor, INT_MAX - 1, INT_MAX})
+      EXPECT(divide(n) == n / divisor);
+    for (int i = 0; i < 1000; ++i) {
+      const int n = int(rng() >> (1 + rng() % 31));
+      EXPECT(divide(n) == n / divisor);
+    }
+  }
+}
+
+void tiles_cover_the_tokens() {
+  for (int R : {1, 2, 8, 64}) {
+    for (int T : {1, 2, 63, 128, 1000, 2048, 4096, 65536}) {
+      for (int K : {1, 3, 8, 32}) {
+        if (T * K > kMaxPairs) continue;
+        for (int blocks : {1, 2, 7, 24, 108, 132, 148, 1000}) {
+          const Exchange x{R, 64, T, K, 64, 1, 0};
+          const PlanSizes sizes(x, blocks);
+          const Tiling& t = sizes.tiling;
+          EXPECT(t.tokens >= 1 && t.tokens * K <= kMostTilePairs && t.tokens * K <= sizes.held);
+          EXPECT(t.tiles * t.tokens >= R * T && (t.tiles - 1) * t.tokens < R * T);
+          EXPECT(t.per_block * blocks >= t.tiles && (t.per_block == 1) == (t.tiles <= blocks));
+          EXPECT(size_t(t.tiles) * sizes.experts / 2 <= PlanSizes::table_words(x));
+          EXPECT(sizes.groups >= 1 && sizes.groups * sizes.experts / 8 <= kPlanThreads);
+        }
       }
     }
   }
@@ -114,6 +168,9 @@ int main() {
   using namespace jax_ep;
   control_fields_do_not_overlap();
   tags_tell_operations_apart();
+  words_carry_two_choices_and_a_tag();
+  dividers_divide();
+  tiles_cover_the_tokens();
   chunks_fit_their_flags();
   every_block_has_a_role();
   water_filling_matches_the_slow_way();
