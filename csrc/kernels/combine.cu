@@ -23,9 +23,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr int kWirePercent = 70;       // of blocks, where there is more than one item for each warp
-constexpr int kSmallWirePercent = 50;  // where there is not
-constexpr int kItemsPerWarp = 16;
+constexpr int kWirePercent = 50;  // of blocks
 enum Output { kPartials = 0, kScalars = 1 };
 
 struct Body {
@@ -36,16 +34,44 @@ struct Body {
   int chunks;
 };
 
-// Rows are added up in pieces, several rows in flight: 4 KiB a warp, in registers.
-constexpr int kBatch = 2;  // Vecs of a lane
-constexpr int kPieceVecs = 32 * kBatch;
-constexpr int kRowsInFlight = 4;
-static_assert(kSegmentVecs % kPieceVecs == 0, "a segment is cut into pieces");
+// My rows of one token: lane i holds the i-th, in row order, and its weight.
+struct Rows {
+  const char* row = nullptr;
+  float weight = 1.0f;
+  int count = 0;  // the same in all lanes
+};
 
-// kBatch Vecs of each lane; Vec j is at `base + 32 * j + lane` of a row, absent from `last` on.
+__device__ Rows rows_of(const CombineParams& p, size_t token, int row_bytes) {
+  const int K = p.exchange.top_k, lane = lane_id();
+  const int row = lane < K ? p.token_rows[token * K + lane] : -1;
+  Rows r;
+  r.count = __popc(__ballot_sync(kAllLanes, row >= 0));
+  if (row >= 0) {
+    r.row = p.y + size_t(row) * row_bytes;
+    if (p.weights != nullptr) r.weight = p.weights[row];
+  }
+  return r;
+}
+
+constexpr int kItemsPerWarp = 16;
+constexpr int kBatch = 4;  // Vecs of a lane: one piece of a row is 32 * kBatch Vecs
+
+// kBatch Vecs of a row, of each lane; Vec j is at `base + 32 * j + lane`, absent from `last` on.
 struct Piece {
   Vec v[kBatch];
 };
+
+template <bool kArrived>
+__device__ __forceinline__ Piece load_piece(const char* row, int base, int last) {
+  Piece piece;
+#pragma unroll
+  for (int j = 0; j < kBatch; ++j) {
+    const int at = base + 32 * j + lane_id();
+    const auto* from = reinterpret_cast<const Vec*>(row) + at;
+    if (at < last) piece.v[j] = kArrived ? load_arrived(from) : load_input(from);
+  }
+  return piece;
+}
 
 __device__ __forceinline__ void store_piece(char* row, int base, int last, const Piece& piece) {
 #pragma unroll
@@ -55,50 +81,19 @@ __device__ __forceinline__ void store_piece(char* row, int base, int last, const
   }
 }
 
-// Rows, or partials of rows: lane i holds the i-th and its weight.
-struct Rows {
-  const char* row = nullptr;
-  float weight = 1.0f;
-  int count = 0;  // the same in all lanes
-};
-
 // A float32 sum of pieces of type T.
 template <typename T>
 struct Sum {
   float value[kBatch][Pack<T>::kCount] = {};
 
-  __device__ __forceinline__ void add(const Piece& piece, float weight) {
+  __device__ __forceinline__ void add(const Piece& piece, bool weighted, float weight) {
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       const Pack<T> pack(piece.v[j]);
 #pragma unroll
       for (int i = 0; i < Pack<T>::kCount; ++i) {
-        value[j][i] = __fadd_rn(value[j][i], __fmul_rn(weight, to_float(pack.element[i])));
-      }
-    }
-  }
-
-  // The pieces at `base` of rows [first, end), in order.
-  template <bool kArrived>
-  __device__ __forceinline__ void add_rows(const Rows& rows, int first, int end, int base,
-                                           int last) {
-    for (int k = first; k < end; k += kRowsInFlight) {
-      Piece piece[kRowsInFlight];
-      float weight[kRowsInFlight];
-#pragma unroll
-      for (int r = 0; r < kRowsInFlight; ++r) {
-        const auto* from = reinterpret_cast<const Vec*>(of_lane(rows.row, k + r)) + lane_id();
-        weight[r] = __shfl_sync(kAllLanes, rows.weight, k + r);
-#pragma unroll
-        for (int j = 0; j < kBatch; ++j) {
-          const int at = base + 32 * j;
-          if (k + r >= end || at + lane_id() >= last) continue;
-          piece[r].v[j] = kArrived ? load_arrived(from + at) : load_input(from + at);
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kRowsInFlight; ++r) {
-        if (k + r < end) add(piece[r], weight[r]);
+        const float x = to_float(pack.element[i]);
+        value[j][i] = __fadd_rn(value[j][i], weighted ? __fmul_rn(weight, x) : x);
       }
     }
   }
@@ -116,25 +111,34 @@ struct Sum {
   }
 };
 
-// My rows of one token, in row order.
-__device__ Rows rows_of(const CombineParams& p, size_t token, int row_bytes) {
-  const int K = p.exchange.top_k, lane = lane_id();
-  const int row = lane < K ? p.token_rows[token * K + lane] : -1;
-  Rows r;
-  r.count = __popc(__ballot_sync(kAllLanes, row >= 0));
-  if (row >= 0) {
-    r.row = p.y + size_t(row) * row_bytes;
-    if (p.weights != nullptr) r.weight = p.weights[row];
+// The partials of the pieces in [first, last) of a token's row, rounded to T: `emit(base, partial)`
+// for each. Two rows are in flight while one is added, across the borders of pieces too. All lanes
+// of the warp take part.
+template <typename T, typename Emit>
+__device__ __forceinline__ void for_partials(const Rows& rows, bool weighted, int first, int last,
+                                             Emit&& emit) {
+  int next_row = 0, next_base = first;
+  auto fetch = [&] {
+    Piece piece;
+    if (next_base < last) {
+      piece = load_piece<false>(of_lane(rows.row, next_row), next_base, last);
+      if (++next_row == rows.count) {
+        next_row = 0;
+        next_base += kSegmentVecs;
+      }
+    }
+    return piece;
+  };
+  Piece next = fetch();
+  for (int base = first; base < last; base += kSegmentVecs) {
+    Sum<T> sum;
+    for (int k = 0; k < rows.count; ++k) {
+      const Piece piece = next;
+      next = fetch();
+      sum.add(piece, weighted, __shfl_sync(kAllLanes, rows.weight, k));
+    }
+    emit(base, sum.rounded());
   }
-  return r;
-}
-
-// My partial of the piece at `base`, rounded to T.
-template <typename T>
-__device__ __forceinline__ Piece partial_of(const Rows& rows, int base, int last) {
-  Sum<T> sum;
-  sum.template add_rows<false>(rows, 0, rows.count, base, last);
-  return sum.rounded();
 }
 
 // Scalars of my rows of one of `source`'s tokens, to their pairs there.
@@ -148,8 +152,6 @@ __device__ void push_scalars(const CombineParams& p, const Borrowed& peers, int 
   reinterpret_cast<float*>(peers.output[source][kScalars])[pair] = p.row_scalars[row];
 }
 
-// Segments of other ranks' tokens: a ticket is for the same segment of the same token of every
-// rank.
 template <typename T>
 __device__ void push_partials(const Body& b) {
   __shared__ Borrowed peers;
@@ -158,84 +160,89 @@ __device__ void push_partials(const Body& b) {
   const int row_bytes = p.hidden * int(sizeof(T)), vecs = row_bytes / int(sizeof(Vec));
   const int slots = partial_slots(p.exchange);
   const Cut cut = cut_rows(vecs, T_ * others, kItemsPerWarp * warps / 2);
+  const int per_token = others * cut.segments;
   if (!borrow_outputs(b.op, peers)) return;
   Tickets tickets(&b.op.header().wire_ticket, blockIdx.x + b.roles.wire * (threadIdx.x / 32),
                   warps);
-  auto finish = [&](int chunk, int source) {
-    const int tokens = min_int(b.chunk, T_ - chunk * b.chunk);
-    finish_item(b.op, chunk, tokens * cut.segments, source, source + 1);
-  };
-  // An item is finished when the next one is summed up: its pushes have arrived meanwhile, and
-  // nobody waits for them.
-  int pushed_chunk = 0, pushed_to = -1;
-  for (int i; (i = tickets.take(T_ * cut.segments)) >= 0;) {
-    const int t = i / cut.segments, segment = i % cut.segments, chunk = t / b.chunk;
-    const int first = segment * cut.segment_vecs, last = min_int(first + cut.segment_vecs, vecs);
-    for (int other = 1; other <= others; ++other) {
-      const int source = (b.op.me + other) % b.op.R;
-      const size_t token = size_t(source) * T_ + t;
-      const uint64_t broken = b.op.broken_word();
-      const Rows rows = rows_of(p, token, row_bytes);
-      const size_t slot = size_t(t) * slots + p.token_slot[token];
-      if (segment == 0 && p.row_scalars != nullptr) push_scalars(p, peers, source, token);
-      const bool fits = (slot + 1) * row_bytes <= peers.bytes[source][kPartials];
-      if (rows.count > 0 && !fits) {
-        b.op.fail(Fault::kBounds, Phase::kRows, source, slot, peers.bytes[source][kPartials]);
-      }
+  for (int i; (i = tickets.take(T_ * per_token)) >= 0;) {
+    const int t = i / per_token, rest = i % per_token, segment = rest % cut.segments;
+    const int source = (b.op.me + 1 + rest / cut.segments) % b.op.R, chunk = t / b.chunk;
+    const size_t token = size_t(source) * T_ + t;
+    const uint64_t broken = b.op.broken_word();
+    if (segment == 0 && p.row_scalars != nullptr) push_scalars(p, peers, source, token);
+    const Rows rows = rows_of(p, token, row_bytes);
+    const size_t slot = size_t(t) * slots + p.token_slot[token];
+    if (rows.count > 0 && (slot + 1) * row_bytes > peers.bytes[source][kPartials]) {
+      b.op.fail(Fault::kBounds, Phase::kRows, source, slot, peers.bytes[source][kPartials]);
+    } else if (rows.count > 0) {
+      const int first = segment * cut.segment_vecs;
       char* to = peers.output[source][kPartials] + slot * row_bytes;
-      for (int base = first; base < last; base += kPieceVecs) {
-        const Piece partial = partial_of<T>(rows, base, last);
-        if (base == first && pushed_to >= 0) finish(pushed_chunk, pushed_to);
-        if (rows.count > 0 && fits) store_piece(to, base, last, partial);
-      }
-      pushed_chunk = chunk;
-      pushed_to = source;
-      if (__any_sync(kAllLanes, broken != 0)) return;
+      for_partials<T>(
+          rows, p.weights != nullptr, first, min_int(first + cut.segment_vecs, vecs),
+          [&](int base, const Piece& partial) { store_piece(to, base, vecs, partial); });
     }
+    const int in_chunk = min_int(b.chunk, T_ - chunk * b.chunk) * cut.segments;
+    finish_item(b.op, chunk, in_chunk, source, source + 1);
+    if (__any_sync(kAllLanes, broken != 0)) return;
   }
-  if (pushed_to >= 0) finish(pushed_chunk, pushed_to);
 }
 
-// The partials of token t from other ranks, in the order of ranks; `below`: of ranks below mine.
-__device__ Rows partials_of(const Body& b, int t, int row_bytes, int* below) {
+// The ranks that hold rows of one of my tokens, in order: lane i holds the i-th's partial, null for
+// my own.
+struct Partials {
+  const char* partial = nullptr;
+  int count = 0;  // the same in all lanes
+};
+
+__device__ Partials partials_of(const Body& b, int t, int row_bytes) {
   const CombineParams& p = b.p;
   const int K = p.exchange.top_k, lane = lane_id(), slots = partial_slots(p.exchange);
   const int rank = lane < K ? p.pair_rank[size_t(t) * K + lane] : -1;
   const bool kept = lane < K && p.pair_row[size_t(t) * K + lane] >= 0;
-  Rows all;
+  Partials all;
   int slot = 0;
-  *below = 0;
-  for (unsigned todo = __ballot_sync(kAllLanes, rank >= 0 && rank != b.op.me); todo != 0; ++slot) {
-    const int r = __reduce_min_sync(kAllLanes, (todo >> lane) & 1 ? rank : INT_MAX);
+  for (unsigned todo = __ballot_sync(kAllLanes, rank >= 0); todo != 0;) {
+    const bool waiting = (todo >> lane) & 1;
+    const int r = __reduce_min_sync(kAllLanes, waiting ? rank : INT_MAX);
+    const unsigned same = __ballot_sync(kAllLanes, rank == r);
     if (__any_sync(kAllLanes, rank == r && kept)) {
-      if (lane == all.count) all.row = p.partials + (size_t(t) * slots + slot) * row_bytes;
+      if (lane == all.count && r != b.op.me) {
+        all.partial = p.partials + (size_t(t) * slots + slot) * row_bytes;
+      }
       ++all.count;
-      *below += r < b.op.me;
     }
-    todo &= ~__ballot_sync(kAllLanes, rank == r);
+    if (r != b.op.me) ++slot;
+    todo &= ~same;
   }
   return all;
 }
 
-// Vecs [first, last) of the sum of token t. The first own partial is formed before the peers' are
-// awaited. False: give up.
+// Vecs [first, last) of the sum of token t. The first own partial is in registers before the peers'
+// are awaited. False: give up.
 template <typename T>
 __device__ bool sum_segment(const Body& b, int t, int first, int last) {
   const CombineParams& p = b.p;
   const int row_bytes = p.hidden * int(sizeof(T));
-  int below;
-  const Rows partials = partials_of(b, t, row_bytes, &below);
+  const Partials all = partials_of(b, t, row_bytes);
   const Rows rows = rows_of(p, size_t(b.op.me) * p.exchange.num_tokens + t, row_bytes);
-  for (int base = first; base < last; base += kPieceVecs) {
-    const Piece own = partial_of<T>(rows, base, last);
-    if (base == first && !await_chunk(b.op, t / b.chunk, 0, b.op.R)) return false;
+  bool awaited = false, arrived = true;
+  auto finish = [&](int base, const Piece& own) {
+    if (!awaited) arrived = await_chunk(b.op, t / b.chunk, 0, b.op.R);
+    awaited = true;
+    if (!arrived) return;
     Sum<T> sum;
-    sum.template add_rows<true>(partials, 0, below, base, last);
-    if (rows.count > 0) sum.add(own, 1.0f);
-    sum.template add_rows<true>(partials, below, partials.count, base, last);
+    for (int i = 0; i < all.count; ++i) {
+      const char* partial = of_lane(all.partial, i);
+      sum.add(partial == nullptr ? own : load_piece<true>(partial, base, last), false, 1.0f);
+    }
     store_piece(p.out + size_t(t) * row_bytes, base, last, sum.rounded());
+  };
+  if (rows.count > 0) {
+    for_partials<T>(rows, p.weights != nullptr, first, last, finish);
+  } else {
+    for (int base = first; base < last; base += kSegmentVecs) finish(base, Piece{});
   }
-  return true;
+  return arrived;
 }
 
 // Scalars of my pairs whose rows are here, and zero for pairs without a row.
@@ -262,7 +269,6 @@ __device__ void sum_tokens(const Body& b) {
   for (int i; (i = tickets.take(tokens * cut.segments)) >= 0;) {
     const int t = i / cut.segments, segment = i % cut.segments, first = segment * cut.segment_vecs;
     if (segment == 0 && p.row_scalars != nullptr) return_own_scalars(p, b.op.me, t);
-    // Every chunk is awaited, whatever is in it: then nobody writes here any more.
     const bool arrived = p.y != nullptr
                              ? sum_segment<T>(b, t, first, min_int(first + cut.segment_vecs, vecs))
                              : await_chunk(b.op, t / b.chunk, 0, b.op.R);
@@ -280,10 +286,7 @@ template <typename T>
 __device__ void combine_body(const CombineParams& p) {
   const Op op(p.call);
   const int tokens = p.exchange.num_tokens, chunk = chunk_tokens(tokens, kMaxChunks);
-  const int segments = ceil_div(p.hidden * int(sizeof(T)), kSegmentVecs * int(sizeof(Vec)));
-  const bool small = tokens * segments <= int(gridDim.x) * kWarps;
-  int percent = small ? kSmallWirePercent : kWirePercent;
-  if (p.wire_percent > 0) percent = p.wire_percent;
+  const int percent = p.wire_percent > 0 ? p.wire_percent : kWirePercent;
   const Body b{p, op, split_roles(gridDim.x, op.R, percent), chunk, ceil_div(tokens, chunk)};
   if (!op.began_broken()) {
     if (blockIdx.x == 0) lend_outputs(op);

@@ -25,7 +25,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kWarps = kThreads / 32;
-constexpr int kWirePercent = 44;  // of blocks
+constexpr int kWirePercent = 50;  // of blocks
 constexpr int kFp8WirePercent = 36;
 constexpr int kLead = 8;  // chunks
 enum Output { kRows = 0, kScales = 1, kScalars = 2 };
