@@ -135,7 +135,9 @@ class Exchange:
             ours, theirs = (run(idx, x, weights, name) for name in (None, "xla"))
             same = [(a == b).mean() for a, b in zip(ours, theirs, strict=True)]
             a, b = ours[0].astype(jnp.float32), theirs[0].astype(jnp.float32)
-            close = (jnp.abs(a - b) <= 0.13 * jnp.abs(b) + 1e-6).all()
+            # XLA may contract x * (1 / scale): the next e4m3 value, 1/8 off, or 2^-9 of the scale
+            # where values are denormal; scales of normal rows stay below 1/64.
+            close = (jnp.abs(a - b) <= 0.13 * jnp.abs(b) + 2.0**-15).all()
             return jnp.array([*same, close])[None]
 
         operands = (self.on_device(self.uniform[0]), self.x["bfloat16"], self.weights)
