@@ -50,7 +50,8 @@ def fp8_experts(x, topk_idx, weights, w_in, w_out, *, num_experts: int, **option
         raise ValueError(f"w_out: expected [E/R, F, H], F and H in 128s, got {w_out.shape}")
     fixed = dict(wire_dtype=FP8, deliver="quantized", expert_alignment=ALIGNMENT, layout="ragged")
     options = dict(num_experts=num_experts, **fixed, **options)
-    y, row_weights, handle = _rows(options, *_vary_alike(x, topk_idx, weights, w_in, w_out))
+    operands = _vary_alike(x, topk_idx, weights, w_in, w_out)
+    y, row_weights, handle = _rows(options, *operands)  # pyright: ignore
     return jax_ep.combine(y, handle, weights=row_weights)
 
 
