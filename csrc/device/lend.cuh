@@ -11,6 +11,8 @@
 // One block takes the leases, as a hundred swaps of one word on a peer would take turns. Nobody
 // pushes or signals before all leases are taken: so no peer can be done with the operation, and
 // overwrite `ready` by the next one, while block 0 awaits it.
+// A block that comes after everything has been pushed may read the next operation's addresses; it
+// finds no ticket, and uses none.
 #pragma once
 #include "op.cuh"
 #include "warp.cuh"
