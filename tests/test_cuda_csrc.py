@@ -6,6 +6,7 @@ They are built with CMake, or taken from the folder that JAX_EP_CSRC_BUILD names
 
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 
@@ -48,6 +49,26 @@ def test_exchange_on_one_gpu(build, ranks, how):
 def test_exchange_on_two_gpus(build):
     out = run(build / "exchange_test", "--cases", 60, "--devices", 2, "--seed", 3)
     assert "60 cases, 0 differences" in out
+
+
+def sent_over_nvlink(report: str) -> list[int]:
+    """Bytes that each GPU has sent, from `nvidia-smi nvlink -gt d`."""
+    gpus = report.split("GPU ")[1:]
+    return [1024 * sum(map(int, re.findall(r"Data Tx: (\d+) KiB", gpu))) for gpu in gpus]
+
+
+@pytest.mark.multi
+def test_one_copy_of_a_token_crosses_the_link(build):
+    """By the links' own counters: rows pushed, and below 1 % of routing, weights and flags."""
+    counters = ["nvidia-smi", "nvlink", "-gt", "d"]
+    before = sent_over_nvlink(run(*counters))
+    lines = re.findall(r"rank \d: .*", run(build / "exchange_bench"))
+    after = sent_over_nvlink(run(*counters))
+    assert len(lines) == 2
+    for rank, line in enumerate(lines):
+        _, dispatches, copies, combines, partials, hidden = map(int, re.findall(r"\d+", line))
+        rows = (dispatches * copies + combines * partials) * hidden * 2
+        assert rows <= after[rank] - before[rank] <= 1.01 * rows
 
 
 def test_faults(build):

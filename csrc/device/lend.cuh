@@ -3,8 +3,7 @@
 // sender takes the lease before its first push. Locations become addresses here and nowhere else.
 //
 //   receiver r         lease[s] = OPEN (own block)  ->  ready[r] of s = {locations, sizes, tag}
-//   sender s, block 0  await ready[r]  ->  compare-and-swap r's lease[s]: OPEN -> TAKEN (one
-//   flight)
+//   sender s, block 0  await ready[r]  ->  compare-and-swap r's lease[s]: OPEN -> TAKEN
 //                      ->  borrowed[r] (own block)
 //   its other blocks   await borrowed[r]
 //

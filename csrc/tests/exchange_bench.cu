@@ -39,6 +39,25 @@ Case bench_case(int R, int T, int H, int E, int K, int sms, int wire) {
   return c;
 }
 
+// What crosses the link: rows that `rank` pushes in one dispatch (copies of its tokens, one for
+// each other rank they name) and in one combine (partials of other ranks' tokens).
+void print_pushes(const Case& c, int rank, int times) {
+  const Exchange& x = c.x;
+  int copies = 0, partials = 0;
+  for (int token = 0; token < x.num_ranks * x.num_tokens; ++token) {
+    const int source = token / x.num_tokens;
+    for (int r = 0; r < x.num_ranks; ++r) {
+      const auto first = c.topk_idx.begin() + size_t(token) * x.top_k;
+      const bool named =
+          std::any_of(first, first + x.top_k, [&](int e) { return e / x.local_experts() == r; });
+      copies += named && source == rank && r != rank;
+      partials += named && source != rank && r == rank;
+    }
+  }
+  std::printf("rank %d: %d dispatches push %d rows each, %d combines %d, of %d elements\n", rank,
+              times + 1, copies, times, partials, c.hidden);
+}
+
 template <typename Go>
 void time_op(const char* name, Group& group, Harness& h, Go&& go) {
   const int R = group.num_ranks();
@@ -138,6 +157,8 @@ int main(int argc, char** argv) {
       time_op("dispatch", group, h, [&](int r) { h.dispatch(r); });
       time_op("combine", group, h, [&](int r) { h.combine(r); });
     }
+    const int times = kPerGraph * kReplays * int(wire_percents.size());
+    for (int r = 0; r < devices; ++r) print_pushes(c, r, times);
     return 0;
   } catch (const std::exception& e) {
     std::printf("failed: %s\n", e.what());
