@@ -319,7 +319,9 @@ __device__ bool expand_arrived(const Body& b, const Cut& cut, int item, float* h
 }
 
 // Local work, by all blocks: those that push come when they have pushed. First own tokens, to be
-// busy until the peers' arrive.
+// busy until the peers' arrive. Rows that expand in place are read where they are written: they take
+// turns with own tokens after `kLead` chunks of those, while they are still in cache. Others do not
+// gain by it.
 template <Wire W, typename T>
 __device__ void work_locally(const Body& b, float* held) {
   const DispatchParams& p = b.p;
@@ -331,8 +333,8 @@ __device__ void work_locally(const Body& b, float* held) {
   const int own_items = b.chunk * own.segments, arrived_items = b.chunk * others * arrived.segments;
   const int lead = W == Wire::kDequantized ? min_int(kLead, b.chunks) : b.chunks;
   const int first_turn = lead * own_items, own_in_turn = lead < b.chunks ? own_items : 0;
-  const int turn = max_int(own_in_turn + arrived_items, 1),
-            end = first_turn + b.chunks * (own_in_turn + arrived_items);
+  const int turn = max_int(own_in_turn + arrived_items, 1);  // 1: a group of one rank
+  const int end = first_turn + b.chunks * (own_in_turn + arrived_items);
   const int warp = local_warp(b.roles, blockIdx.x, gridDim.x, threadIdx.x / 32, kWarps);
   Tickets tickets(&b.op.header().local_ticket, warp, b.roles.local * kWarps);
   for (int i; (i = tickets.take(end)) >= 0;) {
