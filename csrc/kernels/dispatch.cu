@@ -319,9 +319,9 @@ __device__ bool expand_arrived(const Body& b, const Cut& cut, int item, float* h
 }
 
 // Local work, by all blocks: those that push come when they have pushed. First own tokens, to be
-// busy until the peers' arrive. Rows that expand in place are read where they are written: they take
-// turns with own tokens after `kLead` chunks of those, while they are still in cache. Others do not
-// gain by it.
+// busy until the peers' arrive. Rows that expand in place are read where they are written: they
+// take turns with own tokens after `kLead` chunks of those, while they are still in cache. Others
+// do not gain by it.
 template <Wire W, typename T>
 __device__ void work_locally(const Body& b, float* held) {
   const DispatchParams& p = b.p;
