@@ -128,6 +128,7 @@ def test_a_run_keeps_every_figure(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     facts = json.loads(result.read_text())
+    assert facts["command"] == " ".join(["python -m jax_ep bench --workload smoke", *sweeps])
     rows = facts["results"]["smoke"]
     assert set(rows) == {"ceilings", *ROWS.strip().splitlines()}
     base, bounded = rows["dispatch bf16"], rows["dispatch bf16, capacity factor 1.25"]

@@ -180,16 +180,16 @@ class Op {
     report_failure(call, fault, phase, awaited, seen, wanted);
   }
 
-  // All blocks of this rank's launch meet; the n-th meeting, counted from 1. `done`: this thread
-  // has done its part. False: give up, as someone has not, or does not come. Who waits for a peer
-  // meanwhile gives up first, and names it.
-  __device__ bool meet(int n, bool done) const {
+  // All blocks of this rank's launch meet, once a launch. `done`: this thread has done its part.
+  // False: give up, as someone has not, or does not come. Who waits for a peer meanwhile gives up
+  // first, and names it.
+  __device__ bool meet(bool done) const {
     constexpr uint32_t kGaveUp = 1 << 16;  // far above the number of arrivals
     __shared__ bool met;
     done = __syncthreads_and(done);
     if (threadIdx.x == 0) {
       uint32_t* arrivals = &header().barrier;
-      const uint32_t all = n * gridDim.x, one = done ? 1 : 1 + kGaveUp;
+      const uint32_t all = gridDim.x, one = done ? 1 : 1 + kGaveUp;
       uint32_t seen = add_acq_rel_gpu(arrivals, one) + one;  // publishes this block's writes
       uint64_t start = 0;
       for (int polls = 0; seen < all; ++polls) {

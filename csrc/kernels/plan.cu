@@ -297,7 +297,7 @@ __device__ void plan_phases(const PlanParams& p, const PlanSizes& sizes, const O
     done = rank_tile(p, sizes, op, tile_of(p, tiling, s, i), counts + size_t(i) * E, s);
   }
   if (is_last && done) done = await_hellos(op);
-  if (!op.meet(1, done && sent)) return;
+  if (!op.meet(done && sent)) return;
   const uint64_t broken = op.broken_word();  // on its way with the counts
   sum_counts(reinterpret_cast<const Vec*>(counts), sizes, A, first, s);
   for (int r = threadIdx.x / 32; r < op.R; r += kWarps) {
@@ -365,11 +365,7 @@ cudaError_t launch_plan(const PlanParams* params, const Exchange& e, const Launc
 
 cudaError_t load_plan() {
   cudaFuncAttributes attributes;
-  for (const void* kernel : {reinterpret_cast<const void*>(&plan_kernel)}) {
-    const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(&plan_kernel));
 }
 
 }  // namespace jax_ep

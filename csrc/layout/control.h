@@ -16,7 +16,7 @@ namespace jax_ep {
 
 constexpr int kMaxRanks = 64;
 constexpr int kMaxTopK = 32;
-constexpr int kMaxExperts = 3072;   // routing travels as int16
+constexpr int kMaxExperts = 3072;   // what fits the plan's shared memory
 constexpr int kMaxPairs = 65536;    // T*K of one rank
 constexpr int kMaxChunks = 256;     // done flags of one source in one operation
 constexpr int kMaxOutputs = 3;      // buffers of one operation that peers write
@@ -76,7 +76,7 @@ struct alignas(128) Header {
   FaultRecord* record;  // this rank's, in host memory
   // Counters of the running kernel, each on a line of its own; the last block to leave resets them.
   alignas(128) uint32_t left;          // blocks that have left
-  alignas(128) uint32_t barrier;       // arrivals at the grid's meetings
+  alignas(128) uint32_t barrier;       // arrivals at the grid's meeting
   alignas(128) uint32_t wire_ticket;   // items to push that have been taken
   alignas(128) uint32_t local_ticket;  // items of local work that have been taken
   alignas(128) uint32_t busy;          // an operation is running

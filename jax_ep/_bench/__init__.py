@@ -7,7 +7,6 @@ Floors come from a link and a memory ceiling measured in the same run; results a
 
 import dataclasses
 import json
-import sys
 
 import jax
 
@@ -57,6 +56,13 @@ def run(name: str, sms: list[int], tokens: list[int]) -> dict[str, dict]:
     return timer.rows
 
 
+def _command(workloads: list[str], sms: list[int], tokens: list[int]) -> str:
+    """What repeats the run, without the paths of its files."""
+    options = {"--workload": workloads, "--sms": sms, "--tokens": tokens}
+    words = [str(word) for key, values in options.items() for word in (key, *values)]
+    return " ".join(["python -m jax_ep bench", *words])
+
+
 def main(
     workloads: list[str],
     sms: list[int],
@@ -70,7 +76,7 @@ def main(
     results = {name: run(name, sms, tokens) for name in workloads}
     if json_path:
         facts = dict(
-            command=" ".join(["python -m jax_ep", *sys.argv[1:]]),
+            command=_command(workloads, sms, tokens),
             devices=[d.device_kind for d in jax.devices()],
             versions={
                 k: known[k] for k in ("jax_ep", "python", "jax", "jaxlib", "driver", "build")
