@@ -99,4 +99,16 @@ __device__ inline bool await_chunk(const Op& op, int chunk, int first, int last)
   return __all_sync(kAllLanes, arrived);
 }
 
+// By one warp of a receiver, without waiting: how many chunks, from `chunk` on, all others have
+// published. Looks at as many as lanes can, so none with more than 33 ranks.
+__device__ inline int arrived_chunks(const Op& op, int chunk, int chunks) {
+  const int others = op.R - 1, ahead = lane_id() / others;
+  const int p = (op.me + 1 + lane_id() % others) % op.R;
+  bool arrived = (ahead + 1) * others <= 32 && chunk + ahead < chunks;
+  if (arrived) arrived = load_acquire_sys(op.block(op.me).done(p, chunk + ahead)) == op.tag;
+  const unsigned missing = ~__ballot_sync(kAllLanes, arrived);
+  __syncwarp();  // what one lane has acquired, all lanes may read
+  return (missing == 0 ? 32 : __ffs(missing) - 1) / others;
+}
+
 }  // namespace jax_ep

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the roles of one of combine's blocks tell each other, in shared memory.
+//
+//   warp 0    producer   items -> rows, notes -> the ring                 (combine_producer.cuh)
+//   warp 1    signaller  items that are pushed -> counts, done flags      (combine_signaller.cuh)
+//   others    consumers  the ring -> sums -> partials on peers, results   (combine_consumer.cuh)
+//
+// An item is one segment of one token for one source. Consumers know no items: a note says what to
+// do with a row, and after it.
+#pragma once
+#include "../device/lend.cuh"
+#include "../device/ring.cuh"
+
+namespace jax_ep {
+
+constexpr int kProducerWarp = 0;
+constexpr int kSignallerWarp = 1;
+constexpr int kFirstConsumer = 2;
+constexpr int kConsumerWarps = 14;
+constexpr int kConsumers = 32 * kConsumerWarps;
+constexpr int kCombineThreads = 32 * kFirstConsumer + kConsumers;
+constexpr int kColumnVecs = 2;  // of a consumer
+constexpr int kMostSegmentVecs = kColumnVecs * kConsumers;
+
+enum Output { kPartials = 0, kScalars = 1 };
+
+// Note::what: the Vecs of the item, at most kMostSegmentVecs, and what consumers do after the row,
+// in this order.
+constexpr uint32_t kClear = 1 << 16;   // there was no row: the sum is zero
+constexpr uint32_t kHold = 1 << 17;    // my own partial is complete: round, hold, begin anew
+constexpr uint32_t kAddOwn = 1 << 18;  // add what is held
+constexpr uint32_t kStore = 1 << 19;   // round, store to `to`, begin anew
+constexpr uint32_t kTell = 1 << 20;    // tell the signaller, at the place in bits 24 and up
+constexpr uint32_t kStop = 1 << 21;
+constexpr uint32_t kSomething = kClear;  // from here on
+constexpr int kPlaceShift = 24;
+
+static_assert(kMostSegmentVecs < kSomething);
+
+// Items to push, from the producer to the signaller by way of the consumers.
+constexpr int kPlaces = 16;
+struct Pushed {
+  int chunk;
+  int source;
+  uint32_t items;  // of the chunk, for this source; 0: the last entry
+};
+
+struct Pushes {               // in shared memory
+  Pushed entry[kPlaces];      // by the producer, before the note that names it
+  uint64_t stored[kPlaces];   // one arrival of each consumer warp, after its pushes of the item
+  uint64_t counted[kPlaces];  // by the signaller, which has read the entry: free again
+
+  // By one warp, before a block barrier.
+  __device__ void init() {
+    if (lane_id() >= kPlaces) return;
+    init_barrier(shared_address(&stored[lane_id()]), kConsumerWarps);
+    init_barrier(shared_address(&counted[lane_id()]), 1);
+  }
+};
+
+__device__ __forceinline__ uint32_t phase_of(uint32_t n) { return n / kPlaces & 1; }
+
+// One rank's part in one block.
+struct Body {
+  const CombineParams& p;
+  const Op& op;
+  Roles roles;
+  int chunk;  // tokens
+  int chunks;
+  int row_bytes;  // 0 without y
+  int vecs;       // of a row
+  Cut cut;
+
+  __device__ size_t offset(int segment) const {  // bytes
+    return size_t(segment) * cut.segment_vecs * sizeof(Vec);
+  }
+  __device__ int vecs_of(int segment) const {
+    return min_int(cut.segment_vecs, vecs - segment * cut.segment_vecs);
+  }
+  __device__ int slot_bytes() const { return cut.segment_vecs * int(sizeof(Vec)); }
+};
+
+}  // namespace jax_ep
