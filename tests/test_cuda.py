@@ -94,11 +94,15 @@ def mapped(mesh, implementation, **options):
     return jax.shard_map(f, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
 
 
+def placed(mesh, tokens):
+    """x, topk_idx and weights of `tokens` tokens per rank, on the mesh."""
+    arrays = inputs(5, R=mesh.size, T=tokens, H=256, K=4, E=E)
+    return [jax.device_put(flat(a), NamedSharding(mesh, P("expert"))) for a in arrays]
+
+
 @pytest.fixture
 def data(mesh):
-    x, idx, weights = inputs(5, R=mesh.size, T=96, H=256, K=4, E=E)
-    put = lambda a: jax.device_put(flat(a), NamedSharding(mesh, P("expert")))
-    return put(x), put(idx), put(weights)
+    return placed(mesh, 96)
 
 
 def test_gradients_equal_those_of_xla(mesh, data):
@@ -215,38 +219,151 @@ def test_without_initialize(data, mesh):
     jax_ep.initialize(mesh, timeout_s=TIMEOUT_S)
 
 
-def absent_peer(mesh, implementation="cuda"):
+@pytest.fixture
+def handed(mesh, monkeypatch):
+    """Runs a layer with another operand or attribute handed to one FFI call, past what Python
+    checks: `handed(target, change_of_operands, **attributes)`."""
+    data, ffi_call = placed(mesh, 256), jax.ffi.ffi_call
+
+    def run(target=None, change=lambda *operands: operands, **attributes):
+        def call(name, results):
+            def hand_over(*operands, **given):
+                if name == target:
+                    assert given.keys() >= attributes.keys()
+                    operands, given = change(*operands), given | attributes
+                return ffi_call(name, results)(*operands, **given)
+
+            return hand_over
+
+        with monkeypatch.context() as patch:
+            patch.setattr(jax.ffi, "ffi_call", call)
+            program = jax.jit(mapped(mesh, "cuda")).lower(*data).compile()
+        return np.asarray(program(*data))
+
+    return run
+
+
+one_rank = pytest.mark.parametrize("mesh", [1], indirect=True)
+
+
+@one_rank
+@pytest.mark.parametrize("target", ["jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine"])
+def test_attributes_out_of_range_are_an_error(mesh, handed, target):
+    """A program that was exported elsewhere may hand anything to the handlers."""
+    limits = "expected at most 64 ranks that divide at most 3072 experts"
+    out_of_range = dict(
+        num_ranks=(65, 3, 0, -1),
+        num_experts=(3073, -E),
+        num_tokens=(70000, 0),
+        top_k=(33, -4),
+        alignment=(0,),
+        rows=(-8,),
+        num_sms=(-1,),
+    )
+    bad = [(limits, name, values) for name, values in out_of_range.items()]
+    bad += [("expected type", "top_k", (5,))]
+    want = handed()
+    for said, name, values in bad:
+        for value in values if target == "jax_ep_plan" else values[:1]:
+            with pytest.raises(jax.errors.JaxRuntimeError, match=f"{target}: .*{said}"):
+                handed(target, **{name: np.int64(value)})
+    with pytest.raises(jax.errors.JaxRuntimeError, match=f"{target}: no group 'nobody'"):
+        handed(target, group="nobody")
+    jax_ep.check()
+    assert_same_bits("again", handed(), want)
+
+
+@one_rank
+@pytest.mark.parametrize("target", ["jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine"])
+def test_a_refused_launch_does_not_spoil_the_next_one(mesh, handed, target):
+    want = handed()
+    with pytest.raises(jax.errors.JaxRuntimeError, match=target):
+        handed(target, num_sms=np.int64(-1))
+    assert_same_bits("again", handed(), want)
+
+
+@one_rank
+def test_operands_of_another_kind_are_an_error(mesh, handed):
+    expected, got = r"expected type \d+ \[256, 4\]", r"got type \d+"
+    changes = [
+        ("jax_ep_plan", f"topk_idx: {expected}, {got}", lambda idx: [idx.astype(jnp.float32)]),
+        ("jax_ep_plan", f"topk_idx: {expected}, {got}", lambda idx: [idx.T]),
+        ("jax_ep_plan", "expected 1 operands .*, got 2 and", lambda idx: [idx, idx]),
+        ("jax_ep_dispatch", "x: expected bf16, f16", lambda x, *all: [x.astype(jnp.int8), *all]),
+        ("jax_ep_dispatch", f"x: .*{got}", lambda x, *all: [x[:-1], *all]),
+        ("jax_ep_dispatch", "expected an operand, got none", lambda *all: all[:-1]),
+        ("jax_ep_combine", "y: expected bf16, f16", lambda y, *all: [y.astype(FP8), *all]),
+        ("jax_ep_combine", f"weights: .*{got}", lambda y, w, *all: [y, w[:-1], *all]),
+    ]
+    want = handed()
+    for target, said, change in changes:
+        with pytest.raises(jax.errors.JaxRuntimeError, match=f"{target}: .*{said}"):
+            handed(target, change)
+    jax_ep.check()
+    assert_same_bits("again", handed(), want)
+
+
+LAYERS = 20  # of plan, dispatch and combine: 60 operations
+
+
+def absent_peer(mesh):
     """Rank 0 runs 60 operations, rank 1 none: a per-rank branch around a collective."""
 
     def layers(x, idx, weights):
         def one(h, _):
-            return layer(h, idx, weights, implementation) / 4, None
+            return layer(h, idx, weights, "cuda") / 4, None
 
-        run_all = lambda h: lax.scan(one, h, None, length=20)[0]
+        run_all = lambda h: lax.scan(one, h, None, length=LAYERS)[0]
         return lax.cond(lax.axis_index("expert") == 0, run_all, lambda h: h, x)
 
     return jax.shard_map(layers, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
 
 
-@pytest.mark.parametrize("command_buffers", [True, False])
-def test_absent_peer_ends_in_an_error_in_time(mesh, data, command_buffers):
-    if mesh.size == 1:
-        pytest.skip("takes two ranks")
-    timeout_s = 2.0
+def bad_routing_midway(mesh):
+    """60 operations, of which the 31st gets a bad expert on the last rank."""
+
+    def layers(x, idx, weights):
+        mine = lax.axis_index("expert") == mesh.size - 1
+
+        def one(i, h):
+            bad = mine & (i == LAYERS // 2)
+            return layer(h, idx.at[7, 1].add(jnp.where(bad, E, 0)), weights, "cuda") / 4
+
+        return lax.fori_loop(0, LAYERS, one, x)
+
+    return jax.shard_map(layers, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+
+
+def check_it_fails_and_recovers(mesh, function, said, data, command_buffers, timeout_s=2.0):
+    """The whole program ends within twice the timeout, with `said`; then the group works again."""
     jax_ep.finalize()
     jax_ep.initialize(mesh, timeout_s=timeout_s)
     options = {} if command_buffers else {"xla_gpu_enable_command_buffer": ""}
-    f = jax.jit(absent_peer(mesh)).lower(*data).compile(compiler_options=options)
+    program = jax.jit(function).lower(*data).compile(compiler_options=options)
     start = time.monotonic()
-    with pytest.raises(
-        (RuntimeError, jax.errors.JaxRuntimeError), match="rank 0 gave up on rank 1"
-    ):
-        jax.block_until_ready(f(*data))
+    with pytest.raises((RuntimeError, jax.errors.JaxRuntimeError), match=said):
+        jax.block_until_ready(program(*data))
         jax_ep.check()
     assert time.monotonic() - start < 2 * timeout_s
     jax_ep.initialize(mesh, timeout_s=TIMEOUT_S)
-    g = jax.jit(mapped(mesh, "cuda"))
-    assert_same_bits("again", g(*data), np.asarray(jax.jit(mapped(mesh, "xla"))(*data)))
+    got, want = (jax.jit(mapped(mesh, name))(*data) for name in ("cuda", "xla"))
+    assert_same_bits("again", got, np.asarray(want))
+
+
+@pytest.mark.parametrize("command_buffers", [True, False])
+def test_absent_peer_ends_in_an_error_in_time(mesh, command_buffers):
+    if mesh.size == 1:
+        pytest.skip("takes two ranks")
+    said, data = "rank 0 gave up on rank 1", placed(mesh, 256)
+    check_it_fails_and_recovers(mesh, absent_peer(mesh), said, data, command_buffers)
+
+
+@pytest.mark.parametrize("command_buffers", [True, False])
+def test_bad_routing_midway_ends_in_an_error_in_time(mesh, command_buffers):
+    data, rank = placed(mesh, 256), mesh.size - 1
+    bad = int(data[1][256 * rank + 7, 1]) + E
+    said = f"rank {rank} got topk_idx {bad}, expected -1 to {E - 1}"
+    check_it_fails_and_recovers(mesh, bad_routing_midway(mesh), said, data, command_buffers)
 
 
 def test_a_permuted_mesh_has_its_own_ranks(mesh):

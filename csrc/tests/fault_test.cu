@@ -1,77 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
 // What happens when something goes wrong: two ranks on one GPU, one of which is absent, late,
 // stuck, or runs something else. Every case must end in bounded time, name who failed, write
-// nothing into memory that is no longer lent, and leave a group that works after a reset.
-#include <chrono>
-#include <functional>
+// nothing into memory that is no longer lent, and leave a group that works after a reset. Each runs
+// with plain launches, then with replayed graphs.
+#include <climits>
+#include <optional>
+#include <thread>
+#include <type_traits>
 
+#include "../plan/tiling.h"
 #include "expect.h"
-#include "semantics.h"
+#include "scene.h"
 
 namespace jax_ep {
 namespace {
 
-constexpr double kTimeout = 0.4;
-Case two_ranks() {
-  std::mt19937 rng(3);
-  Case c;
-  c.x = Exchange{2, 8, 40, 3, 2 * 40 * 3, 1, 0};
-  c.hidden = 256;
-  c.num_sms = 8;
-  for (int i = 0; i < 2 * 40 * 3; ++i) c.topk_idx.push_back(int(rng() % 8));
-  for (int r = 0; r < 2; ++r) {
-    Bytes rows(size_t(40) * c.hidden * 2);
-    for (size_t i = 0; i < rows.size() / 2; ++i) set_element(rows, c.type, i, float(i % 97) - 48);
-    c.rows_in.push_back(rows);
-    c.scalars_in.push_back(std::vector<float>(40 * 3, 0.5f));
-  }
-  return c;
-}
-
-// One group, one exchange, and a clock.
-struct Scene {
-  Case c = two_ranks();
-  Group group{{0, 0}};
-  std::unique_ptr<Harness> h;
-  uint64_t generation = 0;
-
-  Scene() { restart(); }
-  void restart() {
-    group.reset(++generation, kTimeout, 2);
-    h = std::make_unique<Harness>(group, c);
-  }
-  void poison() {
-    for (int r = 0; r < 2; ++r) h->a.rows[r]->poison();
-  }
-  // Whether a whole exchange comes out right.
-  bool works() {
-    const HostPlan plan = host_plan(c.x, c.topk_idx);
-    h->plan();
-    h->dispatch();
-    h->synchronize();
-    bool right = true;
-    for (int r = 0; r < 2; ++r) right &= h->a.rows[r]->host() == host_dispatch(c, plan, r).rows;
-    return right;
-  }
-  double seconds(const std::function<void()>& f) {
-    const auto start = std::chrono::steady_clock::now();
-    f();
-    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-  }
-  bool all_nan(int r) {
-    for (char byte : h->a.rows[r]->host()) {
-      if (byte != char(0xff)) return false;
-    }
-    return true;
-  }
-  FaultRecord fault(int r) { return group.fault(r); }
-  // A word in rank r's control block.
-  void write(int r, uint32_t offset, int index, uint64_t value) {
-    char* at = group.peers(r).control[r] + offset + index * sizeof(uint64_t);
-    require(cudaMemcpy(at, &value, sizeof value, cudaMemcpyHostToDevice), "cudaMemcpy");
-  }
-};
+constexpr double kAtOnce = 0.2;
 
 bool is(const FaultRecord& f, Fault fault, Operation operation, int rank, int awaited) {
   const bool same = f.fault == uint32_t(fault) && f.operation == uint32_t(operation) &&
@@ -83,153 +27,340 @@ bool is(const FaultRecord& f, Fault fault, Operation operation, int rank, int aw
   return same;
 }
 
-void a_peer_that_never_arrives(Scene& s) {
+bool says(const Scene& s, const std::string& words) {
+  const std::string fault = s.group.describe_fault();
+  if (fault.find(words) != std::string::npos) return true;
+  std::printf("  expected '%s' in '%s'\n", words.c_str(), fault.c_str());
+  return false;
+}
+
+void mark_both(Scene& s) {
+  s.mark(0);
+  s.mark(1);
+}
+
+void a_peer_that_comes_too_late(Scene& s) {
   EXPECT(s.works());
-  s.poison();
-  EXPECT(s.seconds([&] { s.h->dispatch(0); }) < 2 * kTimeout);
+  mark_both(s);
+  EXPECT(s.run(kDispatch, kNothing) < 2 * kTimeout);
   EXPECT(is(s.fault(0), Fault::kTimeout, Operation::kDispatch, 0, 1));
-  EXPECT(s.all_nan(0));
-  EXPECT(s.group.describe_fault().find("rank 0 gave up on rank 1") != std::string::npos);
+  EXPECT(says(s, "rank 0 gave up on rank 1"));
+  EXPECT(s.rows_are_nan(0));
   // Later operations of the program return at once.
-  EXPECT(s.seconds([&] {
-    for (int i = 0; i < 60; ++i) s.h->combine(0);
-  }) < 0.2);
+  EXPECT(s.run(Program(60, Operation::kCombine), kNothing) < kAtOnce);
+  EXPECT(s.out_is_nan(0));
   // The late peer finds the group broken and writes nothing.
-  require(cudaMemset(s.h->a.rows[0]->data(), 0x5a, s.h->a.rows[0]->bytes()), "cudaMemset");
-  EXPECT(s.seconds([&] { s.h->dispatch(1); }) < 0.2);
-  for (char byte : s.h->a.rows[0]->host()) {
-    if (byte != 0x5a) {
-      EXPECT(!"the late peer wrote into memory that was given back");
-      break;
-    }
-  }
-  EXPECT(s.all_nan(1));
+  s.mark(0);
+  EXPECT(s.run(kNothing, kDispatch) < kAtOnce);
+  EXPECT(s.rows_are(0, kMark));
+  EXPECT(s.rows_are_nan(1));
   EXPECT(is(s.fault(1), Fault::kPeer, Operation::kDispatch, 1, 0));
-  s.restart();
-  EXPECT(s.works());
 }
 
 void a_peer_that_never_plans(Scene& s) {
-  EXPECT(s.seconds([&] { s.h->plan(0); }) < 2 * kTimeout);
-  EXPECT(is(s.fault(0), Fault::kTimeout, Operation::kPlan, 0, 1));
-  for (int counts : s.h->a.counts[0]->host()) EXPECT(counts == 0);
-  for (int row : s.h->a.pair_row[0]->host()) EXPECT(row == -1);
-  s.restart();
   EXPECT(s.works());
+  EXPECT(s.run(kPlan, kNothing) < 2 * kTimeout);
+  EXPECT(is(s.fault(0), Fault::kTimeout, Operation::kPlan, 0, 1));
+  for (int counts : s.h.a.counts[0]->host()) EXPECT(counts == 0);
+  EXPECT(s.plan_is_none(0));
 }
 
 // The peer's late kernel must not push even if it was not told: only the lease says so.
 void a_late_peer_that_was_not_told(Scene& s) {
   EXPECT(s.works());
-  s.poison();
-  s.h->dispatch(0);
-  require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-  const ControlLayout at = control_layout(2);
-  s.write(1, at.header, 2, 0);  // `broken` of rank 1
-  require(cudaMemset(s.h->a.rows[0]->data(), 0x5a, s.h->a.rows[0]->bytes()), "cudaMemset");
-  EXPECT(s.seconds([&] { s.h->dispatch(1); }) < 2 * kTimeout);
+  s.run(kDispatch, kNothing);
+  s.write(1, s.broken(), 0);
+  mark_both(s);
+  EXPECT(s.run(kNothing, kDispatch) < kAtOnce);
   EXPECT(is(s.fault(1), Fault::kRevoked, Operation::kDispatch, 1, 0));
-  for (char byte : s.h->a.rows[0]->host()) EXPECT(byte == 0x5a);
-  s.restart();
-  EXPECT(s.works());
+  EXPECT(s.rows_are(0, kMark));
+  EXPECT(s.rows_are_nan(1));
 }
 
 // A peer that took the lease and then stopped: the owner waits for it, but not for ever.
 void a_peer_that_dies_while_pushing(Scene& s) {
-  s.restart();
   EXPECT(s.works());
-  const ControlLayout at = control_layout(2);
-  const uint64_t open =
-      make_tag(s.generation, 3, 0x1234 + 2);  // the harness's signature of dispatch
-  cudaStream_t side;
-  require(cudaStreamCreateWithFlags(&side, cudaStreamNonBlocking), "cudaStreamCreate");
+  s.mark(0);
   const double took = s.seconds([&] {
-    s.h->dispatch(0);
-    const uint64_t taken = open | kTaken;
-    char* lease = s.group.peers(0).control[0] + at.lease + sizeof(uint64_t);
-    uint64_t seen = 0;
-    for (int i = 0; i < 1000 && seen != open; ++i) {  // until rank 0 has lent its output
-      require(cudaMemcpyAsync(&seen, lease, 8, cudaMemcpyDeviceToHost, side), "cudaMemcpyAsync");
-      require(cudaStreamSynchronize(side), "cudaStreamSynchronize");
-    }
-    EXPECT(seen == open);
-    require(cudaMemcpyAsync(lease, &taken, 8, cudaMemcpyHostToDevice, side), "cudaMemcpyAsync");
-    require(cudaStreamSynchronize(side), "cudaStreamSynchronize");
+    const uint64_t lease = s.dispatch_until_lent();
+    EXPECT(lease != 0);
+    s.write(0, s.lease_of_rank_1(), lease | kTaken);
   });
-  EXPECT(took > kTimeout && took < 2 * kTimeout);
-  EXPECT(s.all_nan(0));
-  s.restart();
+  EXPECT(took > 1.4 * kTimeout && took < 2 * kTimeout);
+  EXPECT(is(s.fault(0), Fault::kTimeout, Operation::kDispatch, 0, 1));
+  EXPECT(s.rows_are_nan(0));
+}
+
+// The owner poisons its rows, and so gives them back, after the peer's last push and at once.
+void a_peer_that_pushes_while_the_owner_gives_up(Scene& s) {
   EXPECT(s.works());
+  const double took = s.seconds([&] {
+    const uint64_t lease = s.dispatch_until_lent();
+    EXPECT(lease != 0);
+    s.write(0, s.lease_of_rank_1(), lease | kTaken);
+    for (int i = 0; i < 100000 && s.read(0, s.broken()) == 0; ++i) {
+    }
+    s.push_mark(0);
+    s.write(0, s.left_by_rank_1(), lease);
+  });
+  EXPECT(took > kTimeout && took < 1.4 * kTimeout);
+  EXPECT(is(s.fault(0), Fault::kTimeout, Operation::kDispatch, 0, 1));
+  EXPECT(s.rows_are_nan(0));
+}
+
+bool is_mismatch(const Scene& s, Operation of_rank_0, Operation of_rank_1) {
+  const FaultRecord f = s.group.fault(0);
+  if (f.fault == uint32_t(Fault::kMismatch)) return is(f, Fault::kMismatch, of_rank_0, 0, 1);
+  return is(s.group.fault(1), Fault::kMismatch, of_rank_1, 1, 0);
 }
 
 void another_operation_on_one_rank(Scene& s) {
   EXPECT(s.works());
-  const double took = s.seconds([&] {
-    s.h->dispatch(0);
-    s.h->combine(1);
-  });
-  EXPECT(took < kTimeout);  // seen at once, no need to wait
-  const bool first = is(s.fault(0), Fault::kMismatch, Operation::kDispatch, 0, 1);
-  const bool second = !first && is(s.fault(1), Fault::kMismatch, Operation::kCombine, 1, 0);
-  EXPECT(first || second);
-  s.restart();
-  EXPECT(s.works());
+  mark_both(s);
+  EXPECT(s.run(kDispatch, kCombine) < kAtOnce);  // seen at once, no need to wait
+  EXPECT(is_mismatch(s, Operation::kDispatch, Operation::kCombine));
+  EXPECT(s.rows_are_nan(0));
+  EXPECT(s.out_is_nan(1));
 }
 
 void a_plan_against_a_dispatch(Scene& s) {
   EXPECT(s.works());
-  EXPECT(s.seconds([&] {
-    s.h->dispatch(0);
-    s.h->plan(1);
-  }) < 2 * kTimeout);
-  EXPECT(!s.group.describe_fault().empty());
-  s.restart();
-  EXPECT(s.works());
+  s.mark(0);
+  EXPECT(s.run(kDispatch, kPlan) < 2 * kTimeout);
+  EXPECT(says(s, "gave up on rank"));
+  EXPECT(s.rows_are_nan(0));
+  EXPECT(s.plan_is_none(1));
 }
 
-void routing_out_of_range(Scene& s) {
-  const int bad = 8;
-  require(cudaMemcpy(s.h->a.topk_idx[1]->data() + 5, &bad, 4, cudaMemcpyHostToDevice),
-          "cudaMemcpy");
-  EXPECT(s.seconds([&] {
-    s.h->plan();
-    s.h->dispatch();
-  }) < kTimeout);
-  EXPECT(is(s.fault(1), Fault::kRouting, Operation::kPlan, 1, 1));
-  EXPECT(s.group.describe_fault().find("topk_idx 8, expected -1 to 7") != std::string::npos);
-  EXPECT(s.all_nan(0) && s.all_nan(1));
-  s.restart();
-  EXPECT(s.works());
+// Another signature, and rows of half the width, in a graph of one operation.
+template <typename P>
+void change_shape(cudaGraph_t graph) {
+  constexpr bool is_plan = std::is_same_v<P, PlanParams>;
+  cudaGraphNode_t node;
+  size_t count = 1;
+  require(cudaGraphGetNodes(graph, &node, &count), "cudaGraphGetNodes");
+  cudaKernelNodeParams launch{};
+  require(cudaGraphKernelNodeGetParams(node, &launch), "cudaGraphKernelNodeGetParams");
+  P p = *static_cast<const P*>(launch.kernelParams[0]);
+  p.call.signature ^= 1;
+  if constexpr (!is_plan) p.hidden /= 2;
+  if constexpr (std::is_same_v<P, DispatchParams>) p.row_bytes /= 2;
+  std::optional<PlanSizes> sizes;
+  if (is_plan) sizes = *static_cast<const PlanSizes*>(launch.kernelParams[1]);
+  void* changed[] = {&p, sizes ? &*sizes : nullptr};
+  launch.kernelParams = changed;
+  require(cudaGraphKernelNodeSetParams(node, &launch), "cudaGraphKernelNodeSetParams");
 }
 
-// The same under replay of a captured graph, where no host code of ours runs.
-void an_absent_peer_under_graph_replay(Scene& s) {
+template <typename P>
+void another_shape_of(Scene& s, Operation operation) {
   EXPECT(s.works());
-  cudaGraphExec_t graphs[2];
+  mark_both(s);
+  const Program one{operation};
+  const Replay other(s.h.streams[1], [&] { s.launch(1, one); }, change_shape<P>);
+  EXPECT(s.seconds([&] {
+    s.issue(0, one);
+    other.launch(s.h.streams[1]);
+  }) < kAtOnce);
+  EXPECT(is_mismatch(s, operation, operation));
   for (int r = 0; r < 2; ++r) {
-    require(cudaStreamBeginCapture(s.h->streams[r], cudaStreamCaptureModeThreadLocal), "capture");
-    for (int i = 0; i < 30; ++i) {
-      s.h->plan(r);
-      s.h->dispatch(r);
-    }
-    cudaGraph_t graph;
-    require(cudaStreamEndCapture(s.h->streams[r], &graph), "end capture");
-    require(cudaGraphInstantiate(&graphs[r], graph, 0), "instantiate");
+    const int part = r == 1 ? 2 : 1;  // rank 1's rows are half as wide, in the same buffers
+    if (operation == Operation::kDispatch) EXPECT(s.rows_are_nan(r, part));
+    if (operation == Operation::kCombine) EXPECT(s.out_is_nan(r, part));
+    if (operation == Operation::kPlan) EXPECT(s.plan_is_none(r));
   }
-  auto replay = [&](int r) { require(cudaGraphLaunch(graphs[r], s.h->streams[r]), "launch"); };
-  s.poison();
-  EXPECT(s.seconds([&] { replay(0), replay(1); }) < kTimeout);
-  const HostPlan plan = host_plan(s.c.x, s.c.topk_idx);
-  EXPECT(s.h->a.rows[0]->host() == host_dispatch(s.c, plan, 0).rows);
-  EXPECT(s.seconds([&] { replay(0); }) < 2 * kTimeout);
-  EXPECT(is(s.fault(0), Fault::kTimeout, Operation::kPlan, 0, 1));
-  EXPECT(s.all_nan(0));
-  s.group.reset(++s.generation, kTimeout, 2);  // the old graphs serve the new generation
-  s.poison();
-  EXPECT(s.seconds([&] { replay(0), replay(1); }) < kTimeout);
-  EXPECT(s.h->a.rows[1]->host() == host_dispatch(s.c, plan, 1).rows);
-  EXPECT(s.group.describe_fault().empty());
   s.restart();
+}
+
+void another_shape_on_one_rank(Scene& s) {
+  another_shape_of<PlanParams>(s, Operation::kPlan);
+  another_shape_of<DispatchParams>(s, Operation::kDispatch);
+  another_shape_of<CombineParams>(s, Operation::kCombine);
+}
+
+// Replayed, the graphs are those of `works`: only what the device reads has changed.
+void routing_out_of_range(Scene& s) {
+  const int last = s.c.x.num_pairs() - 1;
+  for (int bad : {8, -2, 1 << 16, (1 << 16) + 3, INT_MIN}) {  // 16 bits of some are good
+    EXPECT(s.works());
+    mark_both(s);
+    s.set_choice(1, bad == 8 ? last : 5, bad);
+    EXPECT(s.run(kExchange, kExchange) < kAtOnce);
+    EXPECT(is(s.fault(1), Fault::kRouting, Operation::kPlan, 1, 1));
+    EXPECT(is(s.fault(0), Fault::kPeer, Operation::kPlan, 0, 1));
+    EXPECT(says(s, "topk_idx " + std::to_string(bad) + ", expected -1 to 7"));
+    for (int r = 0; r < 2; ++r) EXPECT(s.rows_are_nan(r) && s.out_is_nan(r));
+    s.restart();
+  }
+}
+
+void sixty_operations_without_a_peer(Scene& s) {
+  const Program all = operations(60);
+  for (int generation = 0; generation < 2; ++generation) {  // old graphs serve the new one
+    s.poison(0);
+    s.poison(1);
+    EXPECT(s.run(all, all) < kAtOnce);
+    EXPECT(s.all_right());
+    mark_both(s);
+    EXPECT(s.run(all, kNothing) < 2 * kTimeout);
+    EXPECT(is(s.fault(0), Fault::kTimeout, Operation::kPlan, 0, 1));
+    EXPECT(s.rows_are_nan(0) && s.out_is_nan(0));
+    EXPECT(s.rows_are(1, kMark) && s.out_is(1, kMark));
+    s.mark(0);
+    EXPECT(s.run(kNothing, all) < kAtOnce);
+    EXPECT(is(s.fault(1), Fault::kPeer, Operation::kPlan, 1, 0));
+    EXPECT(s.rows_are(0, kMark) && s.out_is(0, kMark));
+    EXPECT(s.rows_are_nan(1) && s.out_is_nan(1));
+    s.restart();
+  }
+}
+
+void sixty_operations_whose_peer_dies(Scene& s) {
+  for (int after : {30, 31, 32}) {
+    EXPECT(s.works());
+    s.mark(0);
+    s.poison(1);
+    EXPECT(s.run(operations(60), operations(after)) < 2 * kTimeout);
+    EXPECT(is(s.fault(0), Fault::kTimeout, operations(after + 1).back(), 0, 1));
+    EXPECT(says(s, "rank 0 gave up on rank 1"));
+    EXPECT(s.rows_are_nan(0) && s.out_is_nan(0));
+    EXPECT(s.rows_are_right(1) && s.out_is_right(1));  // what came before is whole
+    s.restart();
+  }
+}
+
+// Two streams of one rank, which nothing orders: the second operation finds the first one there.
+void two_operations_at_once(Scene& s) {
+  EXPECT(s.works());
+  s.mark(0);
+  if (s.replayed) s.prepare(0, kCombine);
+  EXPECT(s.seconds([&] {
+    EXPECT(s.dispatch_until_lent() != 0);
+    s.issue_aside(0, kCombine);
+  }) < kAtOnce);
+  EXPECT(is(s.fault(0), Fault::kBusy, Operation::kCombine, 0, 0));
+  EXPECT(says(s, "while another operation of the group was running"));
+  EXPECT(s.rows_are_nan(0) || s.out_is_nan(0));
+}
+
+// Whether they overlap is chance: right results, or a fault.
+void two_operations_at_once_with_a_peer(Scene& s) {
+  for (int i = 0; i < 20; ++i) {
+    EXPECT(s.works());
+    s.poison(0);
+    s.poison(1);
+    if (s.replayed) s.prepare(0, kCombine);
+    EXPECT(s.seconds([&] {
+      s.issue(1, kDispatch);
+      s.issue(0, kDispatch);
+      s.issue_aside(0, kCombine);
+      s.issue(1, kCombine);
+    }) < 2 * kTimeout);
+    EXPECT(s.all_right() || !s.group.describe_fault().empty());
+    s.restart();
+  }
+}
+
+// Small batches in halves. What was started is there; the peer need not have begun.
+void a_start_returns_and_its_done_waits(Scene& s) {
+  EXPECT(s.works());
+  for (int r = 0; r < 2; ++r) s.poison(r);
+  EXPECT(s.run(kStart, kNothing) < kAtOnce);
+  EXPECT(s.group.describe_fault().empty());
+  EXPECT(s.rows_are_nan(0));
+  if (s.replayed) {
+    s.prepare(0, kDone);
+    s.prepare(1, kStart);
+  }
+  const double waited = s.seconds([&] {
+    s.issue(0, kDone);
+    std::this_thread::sleep_for(std::chrono::duration<double>(kTimeout / 4));
+    s.issue(1, kStart);
+  });
+  EXPECT(waited > kTimeout / 4 && waited < kTimeout);
+  EXPECT(s.run(kNothing, kDone) < kAtOnce);
+  EXPECT(s.run(kCombineStart, kCombineStart) < kAtOnce);
+  EXPECT(s.run(kCombineDone, kCombineDone) < kAtOnce);
+  EXPECT(s.all_right());
+  for (int r = 0; r < 2; ++r) s.poison(r);
+  const Program both{kStart[0],        kCombineStart[0], kCombineDone[0], kDone[0],
+                     kCombineStart[0], kStart[0],        kCombineDone[0], kDone[0]};
+  EXPECT(s.run(both, both) < kAtOnce);    // one of each kind
+  EXPECT(s.run(kDone, kDone) < kAtOnce);  // once more
+  EXPECT(s.all_right());
+}
+
+void halves_that_do_not_take_turns(Scene& s) {
+  const struct {
+    Program program;
+    Operation guilty;
+    const char* what;
+  } wrong[] = {
+      {{kStart[0], kStart[0]}, Operation::kDispatchStart, "began before the done of start"},
+      {kDone, Operation::kDispatchDone, "but the last one was 0"},
+      {{kCombineStart[0], kCombineStart[0]},
+       Operation::kCombineStart,
+       "began before the done of start"},
+      {kCombineDone, Operation::kCombineDone, "but the last one was 0"},
+  };
+  for (const auto& w : wrong) {
+    EXPECT(s.works());
+    mark_both(s);
+    EXPECT(s.run(w.program, w.program) < kAtOnce);
+    const FaultRecord first = s.fault(0);
+    EXPECT(first.operation == static_cast<uint32_t>(w.guilty));
+    EXPECT(says(s, w.what));
+    s.restart();
+  }
+}
+
+void a_peer_that_dies_after_its_start(Scene& s) {
+  EXPECT(s.works());
+  for (int r = 0; r < 2; ++r) s.poison(r);
+  EXPECT(s.run(kStart, kStart) < kAtOnce);
+  EXPECT(s.run(kDone, kNothing) < kAtOnce);  // what it had sent is enough
+  EXPECT(s.rows_are_right(0));
+  s.mark(0);
+  EXPECT(s.run({kCombineStart[0], kCombineDone[0]}, kNothing) < 2 * kTimeout);
+  EXPECT(is(s.fault(0), Fault::kTimeout, Operation::kCombineDone, 0, 1));
+  EXPECT(s.out_is_nan(0));
+}
+
+struct Named {
+  const char* name;
+  void (*run)(Scene&);
+};
+
+constexpr Named kCases[] = {
+    {"a peer that comes too late", a_peer_that_comes_too_late},
+    {"a peer that never plans", a_peer_that_never_plans},
+    {"a late peer that was not told", a_late_peer_that_was_not_told},
+    {"a peer that dies while pushing", a_peer_that_dies_while_pushing},
+    {"a peer that pushes while the owner gives up", a_peer_that_pushes_while_the_owner_gives_up},
+    {"another operation on one rank", another_operation_on_one_rank},
+    {"a plan against a dispatch", a_plan_against_a_dispatch},
+    {"another shape on one rank", another_shape_on_one_rank},
+    {"routing out of range", routing_out_of_range},
+    {"sixty operations without a peer", sixty_operations_without_a_peer},
+    {"sixty operations whose peer dies", sixty_operations_whose_peer_dies},
+    {"a start returns and its done waits", a_start_returns_and_its_done_waits},
+    {"halves that do not take turns", halves_that_do_not_take_turns},
+    {"a peer that dies after its start", a_peer_that_dies_after_its_start},
+    {"two operations at once", two_operations_at_once},
+    {"two operations at once, with a peer", two_operations_at_once_with_a_peer},
+};
+
+void run_all(Scene& s) {
+  for (const Named& one : kCases) {
+    const int before = failures;
+    one.run(s);
+    const bool ok = failures == before;
+    std::printf("%s, %s: %s\n", one.name, s.replayed ? "replayed" : "plain",
+                ok ? "ok" : s.group.describe_fault().c_str());
+    s.restart();
+    EXPECT(s.works());
+    s.restart();
+  }
 }
 
 }  // namespace
@@ -240,20 +371,9 @@ int main() {
   setvbuf(stdout, nullptr, _IOLBF, 0);
   try {
     Scene s;
-    const std::pair<const char*, void (*)(Scene&)> cases[] = {
-        {"a peer that never arrives", a_peer_that_never_arrives},
-        {"a peer that never plans", a_peer_that_never_plans},
-        {"a late peer that was not told", a_late_peer_that_was_not_told},
-        {"a peer that dies while pushing", a_peer_that_dies_while_pushing},
-        {"another operation on one rank", another_operation_on_one_rank},
-        {"a plan against a dispatch", a_plan_against_a_dispatch},
-        {"routing out of range", routing_out_of_range},
-        {"an absent peer under graph replay", an_absent_peer_under_graph_replay},
-    };
-    for (const auto& [name, run] : cases) {
-      const int before = failures;
-      run(s);
-      std::printf("%s: %s\n", name, failures == before ? "ok" : s.group.describe_fault().c_str());
+    for (bool replayed : {false, true}) {
+      s.replayed = replayed;
+      run_all(s);
     }
   } catch (const std::exception& e) {
     std::printf("failed: %s\n", e.what());
