@@ -83,6 +83,12 @@ NB_MODULE(_ext, m) {
         return std::string(id);
       },
       "PCI bus id of a CUDA device: the same in every process.");
+  m.def(
+      "slot_bytes",
+      [](int num_ranks, int tokens, int row_bytes) {
+        return jax_ep::slot_bytes(num_ranks, {tokens, row_bytes});
+      },
+      "Bytes of the slots on each rank.");
   m.def("finalize_groups", &jax_ep::finalize_groups, "Take all groups out of use.");
   m.def("describe_faults", &jax_ep::describe_faults,
         "What went wrong first; empty if nothing did.");

@@ -41,11 +41,13 @@ std::string join(const std::vector<int>& v) {
 
 }  // namespace
 
-bool make_group(const std::string& key, const std::vector<int>& devices) {
+bool make_group(const std::string& key, const std::vector<int>& devices, int slot_tokens,
+                int slot_row_bytes) {
   Registry& r = registry();
   const std::lock_guard<std::mutex> lock(r.setup);
   std::unique_ptr<Group>& group = r.groups[key];
-  if (group == nullptr) group = std::make_unique<Group>(devices);
+  if (group == nullptr)
+    group = std::make_unique<Group>(devices, SlotSize{slot_tokens, slot_row_bytes});
   return !group->complete();
 }
 
@@ -130,7 +132,10 @@ std::vector<std::string> describe_groups() {
     for (const Group* group : entry.groups) {
       lines.push_back("group " + signature + " on GPUs " + join(group->devices()) +
                       ": control block of " + std::to_string(group->control_bytes()) +
-                      " bytes on each");
+                      " bytes on each, slots of " +
+                      std::to_string(slot_bytes(group->num_ranks(), group->slots())) + " for " +
+                      std::to_string(group->slots().tokens) + " tokens of " +
+                      std::to_string(group->slots().row_bytes) + " bytes");
     }
   }
   return lines;

@@ -18,7 +18,8 @@ struct Member {
 
 // The group called `key`, made if it is new: see Group's constructor. True while ranks of other
 // processes are still to be attached.
-bool make_group(const std::string& key, const std::vector<int>& devices);
+bool make_group(const std::string& key, const std::vector<int>& devices, int slot_tokens,
+                int slot_row_bytes);
 
 // What another process needs of a rank here: descriptor and bytes of its control block, and of the
 // memory that `in_pool` lies in. The caller closes the descriptors.

@@ -125,9 +125,14 @@ class Op {
  public:
   // By all threads of a block: one of them reads the header, so that not every thread of the GPU
   // asks for the same line.
-  __device__ explicit Op(const Call& call)
+  __device__ explicit Op(const Call& call) : Op(call, [] {}) {}
+  // `meanwhile`: what other warps read at the same time, for all threads of the block.
+  template <typename Meanwhile>
+  __device__ Op(const Call& call, Meanwhile&& meanwhile)
       : call(call), me(call.peers.rank), R(call.peers.num_ranks) {
     __shared__ uint64_t epoch, plans, broken, generation;
+    __shared__ unsigned long long began;
+    if (blockIdx.x == 0 && threadIdx.x == 64) began = atomicAdd(&header().began, 1ull);
     if (threadIdx.x == 0) {
       const Header& mine = header();  // the four loads are in flight together
       epoch = load_relaxed(&mine.epoch) + 1;
@@ -135,10 +140,12 @@ class Op {
       broken = load_relaxed(&mine.broken);
       generation = load_relaxed(&mine.generation);
     }
+    meanwhile();
     __syncthreads();
     epoch_ = epoch;
     plans_ = plans;
     was_broken_ = broken;
+    is_busy_ = blockIdx.x == 0 && began + 1 != epoch;
     tag = make_tag(generation, epoch_, call.signature);
   }
 
@@ -148,13 +155,11 @@ class Op {
   // Plans that were complete, and whether some rank had failed, when this operation began.
   __device__ uint64_t plans() const { return plans_; }
   __device__ bool was_broken() const { return was_broken_ != 0; }
-  // With one answer for all threads of a block: what follows has block barriers.
+  // With one answer for all threads of a block: what follows has block barriers. Block 0 learns
+  // whether another operation is running before it lends anything.
   __device__ bool began_broken() const {
-    // The second warp: the first has more urgent things to do.
-    if (blockIdx.x == 0 && threadIdx.x == 32 && atomicExch(&header().busy, 1u) != 0) {
-      fail(Fault::kBusy, Phase::kEntry, me, 0, tag);
-    }
-    return was_broken_ != 0;
+    if (is_busy_ && threadIdx.x == 0) fail(Fault::kBusy, Phase::kEntry, me, 0, tag);
+    return is_busy_ || was_broken_ != 0;
   }
 
   // Whether some rank has failed; then every wait gives up and results are poison.
@@ -224,9 +229,14 @@ class Op {
   }
 
   // Every thread of every block calls this last; the last block runs `poison` if the group is
-  // broken and completes the epoch. The next kernel on the stream sees it.
+  // broken, completes the epoch, and by one thread whatever `complete` counts in the header. The
+  // next kernel on the stream sees it.
   template <typename Poison>
   __device__ void leave(Poison&& poison) const {
+    leave(poison, [](Header&) {});
+  }
+  template <typename Poison, typename Complete>
+  __device__ void leave(Poison&& poison, Complete&& complete) const {
     __shared__ bool last, failed;  // decided once: what follows has block barriers
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -246,9 +256,9 @@ class Op {
       mine.barrier = 0;
       mine.wire_ticket = 0;
       mine.local_ticket = 0;
-      mine.busy = 0;
       mine.epoch = epoch_;
       if (call.operation == Operation::kPlan) mine.plans = plans_ + 1;
+      complete(mine);
     }
   }
 
@@ -260,7 +270,9 @@ class Op {
     for (int p = threadIdx.x; p < R; p += blockDim.x) {
       if (p == me) continue;
       store_release_sys(block(p).left(me), tag);  // my pushes to p have all been issued
-      if (call.operation == Operation::kPlan) continue;
+      const bool lends =
+          call.operation == Operation::kDispatch || call.operation == Operation::kCombine;
+      if (!lends) continue;
       const uint64_t was = cas_acq_rel_sys(block(me).lease(p), tag, tag | kRevoked);
       const uint64_t start = now_ns(), bound = header().timeout_ns / 2;
       while (was == (tag | kTaken) && load_acquire_sys(block(me).left(p)) >> 24 < tag >> 24 &&
@@ -280,6 +292,7 @@ class Op {
   uint64_t epoch_;
   uint64_t plans_;
   uint64_t was_broken_;
+  bool is_busy_;
 };
 
 // Items of work, taken by whichever warp is free: neither SMs nor links are equally fast. The next
@@ -302,7 +315,7 @@ class Tickets {
 
  private:
   __device__ void draw() {
-    if (lane_id() == 0) drawn_ = given_ + static_cast<int>(atomicAdd(counter_, 1u));
+    if (lane_id() == 0) drawn_ = given_ + static_cast<int>(add_relaxed_gpu(counter_, 1));
   }
   uint32_t* counter_;
   int given_;

@@ -56,6 +56,11 @@ struct Fp8 {
   __device__ explicit Fp8(const Word& w) : word(w) {}
 };
 
+template <typename T>
+__device__ __forceinline__ float to_float(const Fp8<T>& v, int i) {
+  return __half2float(__half(__nv_cvt_fp8_to_halfraw(v.q[i], __NV_E4M3)));
+}
+
 // One scale per 128 channels: amax / 448, e4m3(x * (1 / scale)), saturating. NaN stays NaN: the
 // maximum is taken over the bits of |x|, where NaN is largest. Each lane brings one Vec, so 16 or
 // 32 lanes share a scale; all lanes of the warp take part.
@@ -100,8 +105,7 @@ __device__ __forceinline__ Pack<T> dequantize(const Fp8<T>& in, float scale) {
   Pack<T> out;
 #pragma unroll
   for (int i = 0; i < Pack<T>::kCount; ++i) {
-    const float value = __half2float(__half(__nv_cvt_fp8_to_halfraw(in.q[i], __NV_E4M3)));
-    out.element[i] = from_float<T>(__fmul_rn(value, scale));
+    out.element[i] = from_float<T>(__fmul_rn(to_float(in, i), scale));
   }
   return out;
 }

@@ -394,7 +394,7 @@ cudaError_t launch(const DispatchParams* params, int hidden, const Launch& how) 
   if (shared > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess) return cudaGetLastError();
   }
   if (how.all_ranks) {
     dispatch_all_ranks<W, T>
@@ -402,7 +402,7 @@ cudaError_t launch(const DispatchParams* params, int hidden, const Launch& how) 
   } else {
     dispatch_kernel<W, T><<<how.num_sms, kThreads, shared, how.stream>>>(*params);
   }
-  return cudaPeekAtLastError();
+  return cudaGetLastError();
 }
 
 }  // namespace

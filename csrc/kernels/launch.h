@@ -9,7 +9,15 @@
 
 namespace jax_ep {
 
-enum class Operation : uint32_t { kPlan = 1, kDispatch = 2, kCombine = 3 };
+enum class Operation : uint32_t {
+  kPlan = 1,
+  kDispatch = 2,
+  kCombine = 3,
+  kDispatchStart = 4,
+  kDispatchDone = 5,
+  kCombineStart = 6,
+  kCombineDone = 7,
+};
 enum class Element : uint32_t { kBf16 = 0, kF16 = 1, kF32 = 2, kFp8 = 3 };
 
 // What happens to a row on its way.
@@ -35,20 +43,25 @@ struct Call {
   uint32_t signature;  // 24 bits over operation, shapes and types: equal on all ranks
 };
 
+// What a plan says.
+struct PlanArrays {
+  int32_t* pair_rank;    // [T, K]
+  int32_t* pair_row;     // [T, K]
+  int32_t* row_pair;     // [rows]
+  int32_t* token_rows;   // [R*T, K]
+  int32_t* token_slot;   // [R*T]
+  int32_t* expert_ids;   // [rows]
+  int32_t* counts;       // [E/R]
+  int32_t* group_sizes;  // [E/R]
+  int32_t* num_dropped;  // [1]
+};
+
 struct PlanParams {
   Call call;
   Exchange exchange;
   const int32_t* topk_idx;  // [T, K]
-  int32_t* pair_rank;       // [T, K]
-  int32_t* pair_row;        // [T, K]
-  int32_t* row_pair;        // [rows]
-  int32_t* token_rows;      // [R*T, K]
-  int32_t* token_slot;      // [R*T]
-  int32_t* expert_ids;      // [rows]
-  int32_t* counts;          // [E/R]
-  int32_t* group_sizes;     // [E/R]
-  int32_t* num_dropped;     // [1]
-  int32_t* scratch;         // [plan_scratch_words(exchange)], 16-byte aligned
+  PlanArrays out;
+  int32_t* scratch;  // [plan_scratch_words(exchange)], 16-byte aligned
 };
 
 struct DispatchParams {
@@ -89,6 +102,48 @@ struct CombineParams {
   int wire_percent;           // blocks that push, 0 for the default
 };
 
+// Which half of a small batch's operation runs: `start` pushes, `done` waits and expands or adds.
+enum class Half : uint32_t { kBoth = 0, kStart = 1, kDone = 2 };
+
+// A dispatch with its plan, through slots.
+struct SlotDispatchParams {
+  Call call;
+  Exchange exchange;
+  Half half;
+  int hidden;     // H
+  int row_bytes;  // of a delivered row
+  int zero_tail;
+  int power_of_two_scales;  // scale_format "e8m0"
+  const char* x;            // [T, H]
+  const float* scales;      // [T, H/128] with x already quantised, or null
+  const float* scalars;     // [T*K] or null
+  const int32_t* topk_idx;  // [T, K]
+  const int32_t* started;   // [1] the ticket of `start`, for `done`
+  int32_t* ticket;          // [1] from `start`
+  PlanArrays plan;          // from here on: not from `start`
+  char* rows;               // [rows, row_bytes]
+  float* row_scales;        // [rows, H/128] or null
+  float* row_scalars;       // [rows] or null
+};
+
+// A combine through slots.
+struct SlotCombineParams {
+  Call call;
+  Exchange exchange;
+  Half half;
+  int hidden;                 // H
+  int quantized;              // partials of other ranks travel as e4m3 and scales
+  int power_of_two_scales;    // scale_format "e8m0"
+  const char* y;              // [rows, H]
+  const float* weights;       // [rows] or null
+  const int32_t* pair_rank;   // [T, K]
+  const int32_t* pair_row;    // [T, K]
+  const int32_t* token_rows;  // [R*T, K]
+  const int32_t* started;     // [1] the ticket of `start`, for `done`
+  int32_t* ticket;            // [1] from `start`
+  char* out;                  // [T, H], not from `start`
+};
+
 // 32-bit words of PlanParams::scratch.
 size_t plan_scratch_words(const Exchange& e);
 
@@ -108,10 +163,16 @@ struct Launch {
 cudaError_t load_plan();
 cudaError_t load_dispatch();
 cudaError_t load_combine();
+cudaError_t load_slot_dispatch();
+cudaError_t load_slot_combine();
 
 cudaError_t launch_plan(const PlanParams* params, const Exchange& e, const Launch& how);
 cudaError_t launch_dispatch(const DispatchParams* params, Element x, Wire wire, int hidden,
                             const Launch& how);
 cudaError_t launch_combine(const CombineParams* params, Element y, const Launch& how);
+cudaError_t launch_slot_dispatch(const SlotDispatchParams* params, const Exchange& e, Element x,
+                                 Wire wire, const Launch& how);
+cudaError_t launch_slot_combine(const SlotCombineParams* params, const Exchange& e, Element y,
+                                const Launch& how);
 
 }  // namespace jax_ep

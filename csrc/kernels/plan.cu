@@ -18,6 +18,7 @@
 #include <algorithm>
 
 #include "plan_exchange.cuh"
+#include "plan_outputs.cuh"
 #include "plan_segments.cuh"
 
 namespace jax_ep {
@@ -65,7 +66,7 @@ struct Tile {
 __device__ Tile tile_of(const PlanParams& p, const Tiling& tiling, const Shared& s, int index) {
   const int first = index * tiling.tokens;
   const int last = min_int(first + tiling.tokens, p.exchange.num_ranks * p.exchange.num_tokens);
-  auto* rows = reinterpret_cast<uint32_t*>(p.token_rows) + size_t(first) * p.exchange.top_k;
+  auto* rows = reinterpret_cast<uint32_t*>(p.out.token_rows) + size_t(first) * p.exchange.top_k;
   return {first, last, tiling.per_block == 1 ? s.held : rows};
 }
 
@@ -187,100 +188,24 @@ __device__ void sum_counts(const Vec* counts, const PlanSizes& sizes, int A, int
 __device__ void place_tile(const PlanParams& p, const PlanSizes& sizes, const Op& op,
                            const Tile& tile, const Shared& s) {
   const Segments& seg = s.segments;
-  const int K = p.exchange.top_k, T = p.exchange.num_tokens;
-  const int shift = K == 1 ? 0 : 32 - __clz(K - 1), width = 1 << shift;
-  const int k = lane_id() & (width - 1), group = lane_id() - k, per_warp = 32 >> shift;
-  const unsigned lanes = (width == 32 ? kAllLanes : (1u << width) - 1) << group;
+  const TokenLanes lanes(p.exchange.top_k);
+  const int K = p.exchange.top_k, per_warp = 32 >> lanes.shift;
   for (int first = tile.first + threadIdx.x / 32 * per_warp; first < tile.last;
        first += kWarps * per_warp) {
-    const int token = first + (lane_id() >> shift);
-    const bool is_pair = token < tile.last && k < K;
-    const int source = sizes.by_tokens(token);
+    const int token = first + (lane_id() >> lanes.shift);
+    const bool is_pair = token < tile.last && lanes.k < K;
     int e = -1, row = -1;
     if (is_pair) {
-      const uint32_t held = tile.held[(token - tile.first) * K + k];
+      const uint32_t held = tile.held[(token - tile.first) * K + lanes.k];
       e = static_cast<int>(held) >> 16;
       if (e >= 0) {
         const int position = s.before[e] + static_cast<int>(held & 0xffff);
         if (position < seg.kept[e]) row = seg.start[e] + position;
       }
     }
-    const int owner = e < 0 ? -1 : sizes.by_local(e);
-    const bool mine = owner == op.me && row >= 0;
-    int smaller = 0, earlier_empty = 0;
-    bool first_of_rank = owner >= 0 && owner != source && owner < op.me;
-    for (int j = 0; j < K; ++j) {
-      const int other = __shfl_sync(kAllLanes, mine ? row : -1, group + j);
-      const int other_owner = __shfl_sync(kAllLanes, owner, group + j);
-      smaller += other >= 0 && other < row;
-      earlier_empty += other < 0 && j < k;
-      if (j < k && other_owner == owner) first_of_rank = false;
-    }
-    const int found = __popc(__ballot_sync(kAllLanes, mine) & lanes);
-    const int slot = __popc(__ballot_sync(kAllLanes, first_of_rank) & lanes);
-    if (!is_pair) continue;
-    // `held` may be here: the token's lanes have read theirs before the exchange above.
-    p.token_rows[size_t(token) * K + (mine ? smaller : found + earlier_empty)] = mine ? row : -1;
-    if (k == 0) p.token_slot[token] = slot;
-    if (mine) p.row_pair[row] = token * K + k;
-    if (source == op.me) {
-      const int pair = (token - source * T) * K + k;
-      p.pair_rank[pair] = owner;
-      p.pair_row[pair] = row;
-    }
+    // `held` may be where the token's rows go: its lanes have read theirs before that.
+    place_token(p.out, p.exchange, sizes, op.me, lanes, token, is_pair, e, row);
   }
-}
-
-// What no pair says: experts of rows, padding, tail.
-__device__ void describe_rows(const PlanParams& p, int local, const Op& op, const Segments& seg) {
-  const int first = op.me * local, rows = p.exchange.num_rows;
-  const int32_t* start = seg.start + first;
-  for (int row = blockIdx.x * kThreads + threadIdx.x; row < rows; row += gridDim.x * kThreads) {
-    int low = 0, high = local;  // the last segment that starts at or before the row
-    while (high - low > 1) {
-      const int middle = (low + high) / 2;
-      if (start[middle] <= row) {
-        low = middle;
-      } else {
-        high = middle;
-      }
-    }
-    const int position = row - start[low];
-    const bool owned = position < seg.kept[first + low];
-    p.expert_ids[row] = owned ? low : -1;
-    if (!owned) p.row_pair[row] = position < seg.room[first + low] ? kRowPadding : kRowTail;
-  }
-}
-
-// By one block.
-__device__ void describe_experts(const PlanParams& p, int local, const Op& op, const Shared& s) {
-  const int first = op.me * local;
-  __shared__ int dropped;
-  if (threadIdx.x == 0) dropped = 0;
-  __syncthreads();
-#pragma unroll 1
-  for (int e = threadIdx.x; e < local; e += kThreads) {
-    p.counts[e] = s.segments.kept[first + e];
-    p.group_sizes[e] = s.segments.room[first + e];
-    atomicAdd(&dropped, s.totals[first + e] - s.segments.kept[first + e]);
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) p.num_dropped[0] = dropped;
-}
-
-// Rare, hence out of line.
-__device__ __noinline__ void poison_plan(const PlanParams& p) {
-  const Exchange& x = p.exchange;
-  const size_t pairs = x.num_pairs();
-  poison_bytes(p.pair_rank, 4 * pairs);
-  poison_bytes(p.pair_row, 4 * pairs);
-  poison_bytes(p.row_pair, 4 * size_t(x.num_rows));
-  poison_bytes(p.expert_ids, 4 * size_t(x.num_rows));
-  poison_bytes(p.token_rows, 4 * pairs * x.num_ranks);
-  poison_bytes(p.token_slot, 4 * size_t(x.num_tokens) * x.num_ranks, 0);
-  poison_bytes(p.counts, 4 * x.local_experts(), 0);
-  poison_bytes(p.group_sizes, 4 * x.local_experts(), 0);
-  poison_bytes(p.num_dropped, 4, 0);
 }
 
 // `sent`: this thread has published its words.
@@ -317,8 +242,9 @@ __device__ void plan_phases(const PlanParams& p, const PlanSizes& sizes, const O
     for (int e = threadIdx.x; e < E; e += kThreads) s.before[e] += counts[size_t(i) * E + e];
     __syncthreads();
   }
-  describe_rows(p, sizes.local, op, s.segments);
-  if (is_last) describe_experts(p, sizes.local, op, s);
+  describe_rows(p.out, p.exchange, op.me, s.segments, blockIdx.x * kThreads + threadIdx.x,
+                gridDim.x * kThreads);
+  if (is_last && threadIdx.x < 32) describe_experts(p.out, p.exchange, op.me, s.segments, s.totals);
 }
 
 __device__ void plan_body(const PlanParams& p, const PlanSizes& sizes) {
@@ -328,7 +254,7 @@ __device__ void plan_body(const PlanParams& p, const PlanSizes& sizes) {
   const Op op(p.call);
   const bool sent = publish(p, sizes, op, word, choices);
   if (!op.began_broken()) plan_phases(p, sizes, op, sent, Shared(shared, sizes));
-  op.leave([&] { poison_plan(p); });
+  op.leave([&] { poison_plan(p.out, p.exchange); });
 }
 
 // One block an SM: all registers for loads in flight.
@@ -353,14 +279,14 @@ cudaError_t launch_plan(const PlanParams* params, const Exchange& e, const Launc
                                      : reinterpret_cast<const void*>(&plan_kernel);
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) return cudaGetLastError();
   if (how.all_ranks) {
     plan_all_ranks<<<dim3(how.num_sms, how.all_ranks), kThreads, shared, how.stream>>>(params,
                                                                                        sizes);
   } else {
     plan_kernel<<<how.num_sms, kThreads, shared, how.stream>>>(*params, sizes);
   }
-  return cudaPeekAtLastError();
+  return cudaGetLastError();
 }
 
 cudaError_t load_plan() {

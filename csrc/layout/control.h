@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "host_device.h"
+#include "slots.h"
 
 namespace jax_ep {
 
@@ -51,6 +52,7 @@ enum class Fault : uint32_t {
   kRevoked = 5,   // this rank came after the peer had given up
   kBusy = 6,      // two operations of the group at once on this rank
   kPeer = 7,      // a peer reported one of these
+  kInFlight = 8,  // start and done of a small batch did not take turns
 };
 
 enum class Phase : uint32_t { kRouting = 0, kReady = 1, kRows = 2, kGrid = 3, kEntry = 4 };
@@ -68,18 +70,21 @@ struct FaultRecord {
 
 // State of one rank; written by its own kernels, `broken` by peers too.
 struct alignas(128) Header {
-  uint64_t epoch;       // operations completed
-  uint64_t plans;       // plans completed; its parity picks the routing buffer
-  uint64_t broken;      // sticky, 0 or 1 + the rank that failed first: every wait gives up
-  uint64_t generation;  // of the group: `initialize` counts it up and starts the epochs anew
-  uint64_t timeout_ns;  // bound of every wait
-  FaultRecord* record;  // this rank's, in host memory
+  uint64_t epoch;         // operations completed
+  uint64_t plans;         // plans completed; its parity picks the routing buffer
+  uint64_t broken;        // sticky, 0 or 1 + the rank that failed first: every wait gives up
+  uint64_t generation;    // of the group: `initialize` counts it up and starts the epochs anew
+  uint64_t timeout_ns;    // bound of every wait
+  FaultRecord* record;    // this rank's, in host memory
+  uint64_t started[2];    // of each SlotKind: small batches started; the parity picks the slots
+  uint64_t in_flight[2];  // alike: 1 between start and done
   // Counters of the running kernel, each on a line of its own; the last block to leave resets them.
   alignas(128) uint32_t left;          // blocks that have left
   alignas(128) uint32_t barrier;       // arrivals at the grid's meeting
   alignas(128) uint32_t wire_ticket;   // items to push that have been taken
   alignas(128) uint32_t local_ticket;  // items of local work that have been taken
-  alignas(128) uint32_t busy;          // an operation is running
+  // Operations that have begun: as many as have completed, unless one is still running.
+  alignas(128) unsigned long long began;
 };
 
 // One named piece of the control block.
@@ -94,8 +99,6 @@ struct Field {
 struct ControlLayout {
   uint32_t header, mapping, pushed, borrowed, lease, left, ready, done, hello, routing, total;
 };
-
-constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 constexpr int kControlFields = 10;
 
@@ -159,6 +162,7 @@ JAX_EP_HD int choice_of(uint64_t word, int pair) {
 struct Peers {
   char* control[kMaxRanks];  // rank r's control block, at this rank's address for it
   ControlLayout at;
+  SlotLayout slots;  // behind the control block, from `at.total` on
   int rank;
   int num_ranks;
 };

@@ -55,6 +55,14 @@ const char* name_of(Operation o) {
       return "dispatch";
     case Operation::kCombine:
       return "combine";
+    case Operation::kDispatchStart:
+      return "dispatch_start";
+    case Operation::kDispatchDone:
+      return "dispatch_done";
+    case Operation::kCombineStart:
+      return "combine_start";
+    case Operation::kCombineDone:
+      return "combine_done";
   }
   return "?";
 }
@@ -82,7 +90,8 @@ void require(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-Group::Group(std::vector<int> devices) : devices_(std::move(devices)) {
+Group::Group(std::vector<int> devices, const SlotSize& slots)
+    : devices_(std::move(devices)), slots_(slots) {
   const int R = num_ranks();
   if (R < 1 || R > kMaxRanks) {
     throw std::runtime_error("group: expected 1 to " + std::to_string(kMaxRanks) + " ranks, got " +
@@ -108,6 +117,8 @@ Group::Group(std::vector<int> devices) : devices_(std::move(devices)) {
       require(load_plan(), "loading the plan kernel");
       require(load_dispatch(), "loading the dispatch kernels");
       require(load_combine(), "loading the combine kernels");
+      require(load_slot_dispatch(), "loading the dispatch kernels of small batches");
+      require(load_slot_combine(), "loading the combine kernels of small batches");
       control_[device].resize(R);
       pool_[device].resize(R);
     }
@@ -116,13 +127,13 @@ Group::Group(std::vector<int> devices) : devices_(std::move(devices)) {
       OnDevice on(devices_[r]);
       char* block = nullptr;
       if (spans_processes_) {
-        block = allocate_shared(devices_[r], control_bytes()).base;
+        block = allocate_shared(devices_[r], shared_bytes()).base;
         if (here.size() > 1) {
           throw std::runtime_error(
               "group: expected one GPU per process, or all GPUs of the group in one process");
         }
       } else {
-        require(cudaMalloc(&block, control_bytes()), "cudaMalloc of a control block");
+        require(cudaMalloc(&block, shared_bytes()), "cudaMalloc of a control block and slots");
       }
       for (int device : here) control_[device][r] = block;
     }
@@ -179,7 +190,7 @@ void Group::reset(uint64_t generation, double timeout_s, int ranks_per_device) {
     const int device = devices_[r];
     OnDevice on(device);
     char* block = control_[device][r];
-    require(cudaMemset(block, 0, at.total), "cudaMemset of a control block");
+    require(cudaMemset(block, 0, shared_bytes()), "cudaMemset of a control block");
     Header header{};
     header.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
     header.generation = generation;
@@ -195,6 +206,7 @@ void Group::reset(uint64_t generation, double timeout_s, int ranks_per_device) {
     Peers& p = peers_[r];
     for (int s = 0; s < R; ++s) p.control[s] = control_[device][s];
     p.at = at;
+    p.slots = slot_layout(slots_);
     p.rank = r;
     p.num_ranks = R;
   }
@@ -290,6 +302,13 @@ std::string Group::describe_fault() const {
       return where + who + " came after " + whom + " had given up on it";
     case Fault::kBusy:
       return where + who + " began while another operation of the group was running on its GPU";
+    case Fault::kInFlight: {
+      const std::string last = std::to_string(static_cast<int64_t>(first.seen));
+      const std::string turns = ": expected one start, then its done, in turn";
+      if (first.wanted == 0) return where + who + " began before the done of start " + last + turns;
+      return where + who + " wants start " + std::to_string(static_cast<int64_t>(first.wanted)) +
+             ", but the last one was " + last + turns;
+    }
     case Fault::kPeer:
       return where + who + " stopped because " + whom + " reported a failure";
   }

@@ -16,8 +16,8 @@ namespace jax_ep {
 class Group {
  public:
   // `devices[r]`: the CUDA device of rank r, ranks may share one; -1 for a rank of another process,
-  // which `attach` completes. Throws std::runtime_error.
-  explicit Group(std::vector<int> devices);
+  // which `attach` completes. `slots`: what small batches may have. Throws std::runtime_error.
+  explicit Group(std::vector<int> devices, const SlotSize& slots = {});
   ~Group();
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
@@ -39,6 +39,7 @@ class Group {
   int num_ranks() const { return static_cast<int>(devices_.size()); }
   const std::vector<int>& devices() const { return devices_; }
   size_t control_bytes() const { return control_layout(num_ranks()).total; }
+  const SlotSize& slots() const { return slots_; }
   int ranks_per_device() const { return ranks_per_device_; }
   bool spans_processes() const { return spans_processes_; }
 
@@ -57,8 +58,11 @@ class Group {
 
  private:
   void release() noexcept;
+  // Of a rank: its control block, then its slots.
+  size_t shared_bytes() const { return control_bytes() + slot_bytes(num_ranks(), slots_); }
 
   std::vector<int> devices_;
+  SlotSize slots_;
   double timeout_s_ = 0;
   int ranks_per_device_ = 1;
   bool spans_processes_ = false;

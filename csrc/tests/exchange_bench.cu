@@ -3,8 +3,9 @@
 // JAX.
 //
 //   exchange_bench [--devices D] [--tokens T] [--hidden H] [--experts E] [--topk K] [--sms N]
-//   [--wire 0|1|2]
+//   [--wire 0|1|2] [--fp8-combine 0|1]
 //
+// Small batches also through slots, whole and in halves.
 // Prints the median and p99 over replays of the slowest rank's time per operation, in microseconds.
 #include <algorithm>
 #include <cstdlib>
@@ -97,7 +98,7 @@ void time_op(const char* name, Group& group, Harness& h, Go&& go) {
     us.push_back(worst);
   }
   std::sort(us.begin(), us.end());
-  std::printf("%-10s median %8.1f us  max %8.1f us\n", name, us[us.size() / 2], us.back());
+  std::printf("%-26s median %8.1f us  max %8.1f us\n", name, us[us.size() / 2], us.back());
 }
 
 }  // namespace
@@ -107,7 +108,7 @@ int main(int argc, char** argv) {
   using namespace jax_ep;
   setvbuf(stdout, nullptr, _IOLBF, 0);
   std::vector<int> wire_percents = {0};
-  int devices = 2, T = 4096, H = 7168, E = 256, K = 8, sms = 132, wire = 0;
+  int devices = 2, T = 4096, H = 7168, E = 256, K = 8, sms = 132, wire = 0, fp8_combine = 0;
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string a = argv[i];
     const int v = std::atoi(argv[i + 1]);
@@ -125,6 +126,8 @@ int main(int argc, char** argv) {
       sms = v;
     else if (a == "--wire")
       wire = v;
+    else if (a == "--fp8-combine")
+      fp8_combine = v;
     else if (a == "--percent")
       wire_percents.push_back(v);
     else
@@ -133,9 +136,11 @@ int main(int argc, char** argv) {
   try {
     std::vector<int> ids;
     for (int d = 0; d < devices; ++d) ids.push_back(d);
-    Group group(ids);
+    const bool small = T <= 256 && devices * T * K <= kMaxSlotPairs && H * 2 <= 16384;
+    Group group(ids, small ? SlotSize{T, H * 2} : SlotSize{});
     group.reset(1, 5.0, 1);
     Case c = bench_case(devices, T, H, E, K, sms, wire);
+    c.quantized_partials = fp8_combine;
     Harness h(group, c);
     h.plan();
     h.dispatch();
@@ -156,6 +161,20 @@ int main(int argc, char** argv) {
       std::printf("%d %% of blocks push\n", percent);
       time_op("dispatch", group, h, [&](int r) { h.dispatch(r); });
       time_op("combine", group, h, [&](int r) { h.combine(r); });
+    }
+    if (small) {
+      auto dispatch_halves = [&](int r) {
+        h.slot_dispatch(r, Half::kStart);
+        h.slot_dispatch(r, Half::kDone);
+      };
+      auto combine_halves = [&](int r) {
+        h.slot_combine(r, Half::kStart);
+        h.slot_combine(r, Half::kDone);
+      };
+      time_op("slots: dispatch with plan", group, h, [&](int r) { h.slot_dispatch(r); });
+      time_op("slots: combine", group, h, [&](int r) { h.slot_combine(r); });
+      time_op("slots: dispatch in halves", group, h, dispatch_halves);
+      time_op("slots: combine in halves", group, h, combine_halves);
     }
     const int times = kPerGraph * kReplays * int(wire_percents.size());
     for (int r = 0; r < devices; ++r) print_pushes(c, r, times);

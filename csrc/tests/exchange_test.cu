@@ -2,7 +2,9 @@
 // Random exchanges on the GPU against the host, bit for bit: plan, dispatch, combine.
 //
 //   exchange_test [--cases N] [--seed S] [--ranks R] [--devices D] [--single-launch] [--small]
+//                 [--slots] [--without-combine]
 //
+// --slots: small batches through slots, whole and in halves, instead of the large path.
 // R ranks (default: 1, 2, 4, 8 in turn) on D devices, rank r on device r % D, each on its own
 // stream; or all in one launch with rank = blockIdx.y, for sanitizers that serialise launches.
 #include <cstdlib>
@@ -15,8 +17,10 @@ namespace {
 struct Options {
   int cases = 40, ranks = 0, devices = 1;
   unsigned seed = 1;
-  bool single_launch = false, small = false;
+  bool single_launch = false, small = false, slots = false, combine = true;
 };
+
+constexpr SlotSize kSlots{80, 16384};
 
 Case random_case(std::mt19937& rng, const Options& o, int R) {
   auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); };
@@ -24,11 +28,12 @@ Case random_case(std::mt19937& rng, const Options& o, int R) {
   Case c;
   Exchange& x = c.x;
   x.num_ranks = R;
-  const bool wide = !o.small && chance(0.15);  // large for the plan alone
+  const bool wide = !o.small && !o.slots && chance(0.15);  // large for the plan alone
   const int local = wide ? pick(1, kMaxExperts / R) : pick(1, o.small ? 4 : 24);
   x.num_experts = R * local;
-  x.num_tokens = chance(0.1) ? 1 : pick(1, o.small ? 24 : chance(0.1) ? 300 : 80);
+  x.num_tokens = chance(0.1) ? 1 : pick(1, o.small ? 24 : !o.slots && chance(0.1) ? 300 : 80);
   x.top_k = pick(1, chance(0.2) ? 32 : 8);
+  if (o.slots) x.top_k = std::min(x.top_k, kMaxSlotPairs / (R * x.num_tokens));
   x.alignment = chance(0.5) ? 1 : pick(2, 16);
   x.batched = !wide && chance(0.25);
   if (wide) x.num_tokens = pick(1, 8000 / x.top_k);
@@ -53,10 +58,11 @@ Case random_case(std::mt19937& rng, const Options& o, int R) {
                                                    : 9)
                  : vec * pick(1, wide          ? 4
                                  : o.small     ? 40
-                                 : chance(0.1) ? 900
+                                 : chance(0.1) ? o.slots ? 400 : 900
                                                : 70);
   c.power_of_two = chance(0.3);
   c.zero_tail = chance(0.3);
+  c.quantized_partials = o.slots && c.hidden % kScaleBlock == 0 && chance(0.5);
   c.weights = chance(0.7);
   c.num_sms = pick(1, std::max(1, std::min(16, 100 * o.devices / R)));
   c.single_launch = o.single_launch;
@@ -135,7 +141,33 @@ void check_dispatch(const Harness& h, const Case& c, const HostPlan& plan) {
   }
 }
 
-void check_combine(Harness& h, const Case& c, const HostPlan& plan, std::mt19937& rng) {
+// How a case's operations are issued.
+enum class Path { kLarge, kSlots, kHalves };
+
+void issue_dispatch(Harness& h, Path path) {
+  if (path == Path::kLarge) {
+    h.plan();
+    h.dispatch();
+  } else if (path == Path::kSlots) {
+    h.slot_dispatch();
+  } else {
+    h.slot_dispatch(-1, Half::kStart);
+    h.slot_dispatch(-1, Half::kDone);
+  }
+}
+
+void issue_combine(Harness& h, Path path) {
+  if (path == Path::kLarge) {
+    h.combine();
+  } else if (path == Path::kSlots) {
+    h.slot_combine();
+  } else {
+    h.slot_combine(-1, Half::kStart);
+    h.slot_combine(-1, Half::kDone);
+  }
+}
+
+void check_combine(Harness& h, const Case& c, const HostPlan& plan, std::mt19937& rng, Path path) {
   const size_t R = c.x.num_ranks, T = c.x.num_tokens, K = c.x.top_k, rows = c.x.num_rows;
   std::vector<Bytes> y;
   std::vector<std::vector<float>> weights;
@@ -152,12 +184,12 @@ void check_combine(Harness& h, const Case& c, const HostPlan& plan, std::mt19937
     y.push_back(values);
     weights.push_back(w);
   }
-  h.combine();
+  issue_combine(h, path);
   h.synchronize();
   for (size_t r = 0; r < R; ++r) {
     const Bytes want = host_combine(c, plan, y, weights, int(r));
     expect_same("combined", r, h.a.out[r]->host(), want.data(), want.size());
-    if (!c.weights) continue;
+    if (!c.weights || path != Path::kLarge) continue;
     std::vector<float> scalars;
     for (size_t pair = r * T * K; pair < (r + 1) * T * K; ++pair) {
       const int row = plan.pair_row[pair];
@@ -167,20 +199,21 @@ void check_combine(Harness& h, const Case& c, const HostPlan& plan, std::mt19937
   }
 }
 
-void run_case(Group& group, const Case& c, std::mt19937& rng, int repeats) {
+void run_case(Group& group, const Case& c, std::mt19937& rng, const std::vector<Path>& paths,
+              bool combine) {
   const HostPlan plan = host_plan(c.x, c.topk_idx);
   Harness h(group, c);
-  for (int i = 0; i < repeats; ++i) {
-    h.plan();
-    h.dispatch();
+  for (Path path : paths) {
+    issue_dispatch(h, path);
     h.synchronize();
     check_plan(h, c, plan);
     check_dispatch(h, c, plan);
+    if (combine) check_combine(h, c, plan, rng, path);
     for (auto& b : h.a.rows) b->poison();
     for (auto& b : h.a.row_scales) b->poison();
     for (auto& b : h.a.row_scalars) b->poison();
+    for (auto& b : h.a.out) b->poison();
   }
-  check_combine(h, c, plan, rng);
 }
 
 int run(const Options& o) {
@@ -191,7 +224,7 @@ int run(const Options& o) {
   for (int R : all_ranks) {
     std::vector<int> devices;
     for (int r = 0; r < R; ++r) devices.push_back(r % o.devices);
-    groups.push_back(std::make_unique<Group>(devices));
+    groups.push_back(std::make_unique<Group>(devices, kSlots));
     groups.back()->reset(1, 20.0, o.devices < R ? R / o.devices : 1);
   }
   for (int i = 0; i < o.cases; ++i) {
@@ -199,7 +232,9 @@ int run(const Options& o) {
     const Case c = random_case(rng, o, all_ranks[g]);
     const int before = errors;
     if (i % 10 == 0) std::printf("case %d\n", i);
-    run_case(*groups[g], c, rng, 2);
+    const std::vector<Path> paths = o.slots ? std::vector<Path>{Path::kSlots, Path::kHalves}
+                                            : std::vector<Path>(2, Path::kLarge);
+    run_case(*groups[g], c, rng, paths, o.combine);
     if (errors != before) {
       std::printf(
           "case %d: R=%d E=%d T=%d K=%d rows=%d A=%d batched=%d H=%d type=%d wire=%d pre=%d "
@@ -233,6 +268,10 @@ int main(int argc, char** argv) {
       o.single_launch = true;
     else if (a == "--small")
       o.small = true;
+    else if (a == "--without-combine")
+      o.combine = false;
+    else if (a == "--slots")
+      o.slots = true;
     else
       return std::fprintf(stderr, "unknown option %s\n", a.c_str()), 2;
   }

@@ -84,6 +84,7 @@ struct Case {
   bool power_of_two = false;
   bool zero_tail = false;
   bool weights = true;
+  bool quantized_partials = false;  // combine with FP8 on the wire
   int num_sms = 4;
   int wire_percent = 0;
   bool single_launch = false;
@@ -95,7 +96,7 @@ struct Case {
 // The arrays of one exchange, per rank.
 struct Arrays {
   Buffers<int> topk_idx, pair_rank, pair_row, row_pair, token_rows, token_slot, expert_ids, counts,
-      group_sizes, num_dropped, scratch;
+      group_sizes, num_dropped, scratch, dispatch_ticket, combine_ticket;
   Buffers<char> x, rows, y, out, partials;
   Buffers<float> scales, scalars, row_scales, row_scalars, weights, scalars_out;
 };
@@ -127,7 +128,7 @@ class Harness {
       ints(a.token_rows, R * T * K);
       ints(a.token_slot, R * T);
       for (auto* b : {&a.counts, &a.group_sizes}) ints(*b, x.local_experts());
-      ints(a.num_dropped, 1);
+      for (auto* b : {&a.num_dropped, &a.dispatch_ticket, &a.combine_ticket}) ints(*b, 1);
       ints(a.scratch, plan_scratch_words(x));
       chars(a.rows, rows * row_bytes());
       chars(a.y, rows * H * size_of(c.type));
@@ -172,6 +173,22 @@ class Harness {
         [&](const CombineParams* p, const Launch& how) { return launch_combine(p, c_.type, how); });
   }
 
+  // The same through slots, plan included; halves too.
+  void slot_dispatch(int only = -1, Half half = Half::kBoth) {
+    run<SlotDispatchParams>(
+        only, [&](int r) { return slot_dispatch_params(r, half); },
+        [&](const SlotDispatchParams* p, const Launch& how) {
+          return launch_slot_dispatch(p, c_.x, x_type(), c_.wire, how);
+        });
+  }
+  void slot_combine(int only = -1, Half half = Half::kBoth) {
+    run<SlotCombineParams>(
+        only, [&](int r) { return slot_combine_params(r, half); },
+        [&](const SlotCombineParams* p, const Launch& how) {
+          return launch_slot_combine(p, c_.x, c_.type, how);
+        });
+  }
+
   void synchronize() {
     for (size_t r = 0; r < streams.size(); ++r) {
       require(cudaSetDevice(group_.devices()[r]), "cudaSetDevice");
@@ -197,11 +214,8 @@ class Harness {
     group_.locate(0, b->data(), &c.lent.output[slot]);
     c.lent.bytes[slot] = b->bytes();
   }
-  PlanParams plan_params(int r) const {
-    PlanParams p{};
-    p.call = call(r, Operation::kPlan);
-    p.exchange = c_.x;
-    p.topk_idx = a.topk_idx[r]->data();
+  PlanArrays plan_arrays(int r) const {
+    PlanArrays p{};
     p.pair_rank = a.pair_rank[r]->data();
     p.pair_row = a.pair_row[r]->data();
     p.row_pair = a.row_pair[r]->data();
@@ -211,6 +225,14 @@ class Harness {
     p.counts = a.counts[r]->data();
     p.group_sizes = a.group_sizes[r]->data();
     p.num_dropped = a.num_dropped[r]->data();
+    return p;
+  }
+  PlanParams plan_params(int r) const {
+    PlanParams p{};
+    p.call = call(r, Operation::kPlan);
+    p.exchange = c_.x;
+    p.topk_idx = a.topk_idx[r]->data();
+    p.out = plan_arrays(r);
     p.scratch = a.scratch[r]->data();
     return p;
   }
@@ -257,6 +279,53 @@ class Harness {
     p.wire_percent = c_.wire_percent;
     lend(p.call, 0, a.partials[r]);
     lend(p.call, 1, a.scalars_out[r]);
+    return p;
+  }
+
+  // Both halves have one signature, whatever operation they are called.
+  Call slot_call(int r, Operation whole, Operation start, Operation done, Half half) const {
+    Call c = call(r, whole);
+    if (half == Half::kStart) c.operation = start;
+    if (half == Half::kDone) c.operation = done;
+    return c;
+  }
+  SlotDispatchParams slot_dispatch_params(int r, Half half) const {
+    SlotDispatchParams p{};
+    p.call = slot_call(r, Operation::kDispatch, Operation::kDispatchStart, Operation::kDispatchDone,
+                       half);
+    p.exchange = c_.x;
+    p.half = half;
+    p.hidden = c_.hidden;
+    p.row_bytes = int(row_bytes());
+    p.zero_tail = c_.zero_tail;
+    p.power_of_two_scales = c_.power_of_two;
+    p.x = a.x[r]->data();
+    p.scales = c_.prequantized ? a.scales[r]->data() : nullptr;
+    p.scalars = c_.weights ? a.scalars[r]->data() : nullptr;
+    p.topk_idx = a.topk_idx[r]->data();
+    p.started = p.ticket = a.dispatch_ticket[r]->data();
+    p.plan = plan_arrays(r);
+    p.rows = a.rows[r]->data();
+    p.row_scales = delivers_scales() ? a.row_scales[r]->data() : nullptr;
+    p.row_scalars = c_.weights ? a.row_scalars[r]->data() : nullptr;
+    return p;
+  }
+  SlotCombineParams slot_combine_params(int r, Half half) const {
+    SlotCombineParams p{};
+    p.call =
+        slot_call(r, Operation::kCombine, Operation::kCombineStart, Operation::kCombineDone, half);
+    p.exchange = c_.x;
+    p.half = half;
+    p.hidden = c_.hidden;
+    p.quantized = c_.quantized_partials;
+    p.power_of_two_scales = c_.power_of_two;
+    p.y = a.y[r]->data();
+    p.weights = c_.weights ? a.weights[r]->data() : nullptr;
+    p.pair_rank = a.pair_rank[r]->data();
+    p.pair_row = a.pair_row[r]->data();
+    p.token_rows = a.token_rows[r]->data();
+    p.started = p.ticket = a.combine_ticket[r]->data();
+    p.out = a.out[r]->data();
     return p;
   }
 

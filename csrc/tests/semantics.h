@@ -106,8 +106,16 @@ inline Bytes host_combine(const Case& c, const HostPlan& plan, const std::vector
       }
       for (size_t h = 0; h < H; ++h) {
         set_element(rounded, c.type, h, partial[h]);
-        total[h] += element_at(rounded, c.type, h);
+        partial[h] = element_at(rounded, c.type, h);
       }
+      const bool crosses = c.quantized_partials && r != size_t(rank);
+      for (size_t first = 0; crosses && first < H; first += kScaleBlock) {
+        float scale;
+        uint8_t q[kScaleBlock];
+        quantize_block(&partial[first], c.power_of_two, q, &scale);
+        for (int i = 0; i < kScaleBlock; ++i) partial[first + i] = dequantize_value(q[i], scale);
+      }
+      for (size_t h = 0; h < H; ++h) total[h] += partial[h];
     }
     for (size_t h = 0; h < H; ++h) set_element(out, c.type, t * H + h, total[h]);
   }
