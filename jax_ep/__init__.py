@@ -12,8 +12,9 @@
 from . import reference, routing
 from ._api import combine, dispatch
 from ._group import check, finalize, initialize
+from ._in_flight import combine_done, combine_start, dispatch_done, dispatch_start
 from ._layout import num_rows
-from ._types import REMAT_NAMES, Config, Dispatched, Handle
+from ._types import REMAT_NAMES, Config, Dispatched, Handle, InFlight
 
 __version__ = "0.1.0"
 
@@ -22,9 +23,14 @@ __all__ = [
     "Config",
     "Dispatched",
     "Handle",
+    "InFlight",
     "check",
     "combine",
+    "combine_done",
+    "combine_start",
     "dispatch",
+    "dispatch_done",
+    "dispatch_start",
     "finalize",
     "initialize",
     "num_rows",

@@ -1,29 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public `dispatch` and `combine`."""
 
-import math
-from typing import cast
-
-import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import AxisType
 
-from . import _check, _grad, _group, _jax_compat, _view
-from ._layout import num_rows
-from ._types import (
-    REMAT_NAMES,
-    SCALE_BLOCK,
-    Config,
-    Dispatched,
-    Handle,
-    Implementation,
-    Layout,
-    Plan,
-    Spec,
-    Wire,
-    WireKind,
-)
+from . import _arguments, _grad, _ops, _slots, _view
+from ._types import REMAT_NAMES, Config, Dispatched, Handle, Implementation, Layout, Spec
 
 _PLAN, _DISPATCH, _COMBINE = REMAT_NAMES
 
@@ -74,7 +56,7 @@ def dispatch(
         deliver: "dequantized" rows of `x.dtype`, or "quantized" with `scales` (no gradient).
         layout: "ragged", or "batched": tokens [E/R, C, H] with C = R*T or capacity // (E/R).
         implementation: "cuda", "xla", or None: the best of the platform when lowering.
-        config: how the CUDA kernels use the device.
+        config: how the CUDA kernels use the device, and which batches are small for them.
         batch_axes: global view on Auto meshes only: mesh axes, major to the group's, over which
             the batch is split too; each slice of them is a group of its own. Explicit meshes read
             it from the type of `x`.
@@ -87,123 +69,83 @@ def dispatch(
 
     Source: the row order is that of MegaBlocks (Gale et al. 2022) with DeepEP's exchange.
     """
-    axes = _check.axis_tuple(axis_name)
-    in_global_view = _check.find_view(axes)
-    _check.one_of("implementation", implementation, (None, "cuda", "xla"))
-    if not isinstance(zero_tail, bool):
-        raise TypeError(f"zero_tail: expected a bool, got {zero_tail!r}")
-    tokens, scales = _check.tokens(
-        x, wire_dtype=wire_dtype, scale_format=scale_format, deliver=deliver
-    )
-    topk_idx, topk_weights = _check.routing(tokens, topk_idx, topk_weights)
-    mesh = _jax_compat.context_mesh()
-    num_ranks = _check.size(mesh, axes)
-    split, hidden_axes = (axes, ())
-    if in_global_view:
-        split, hidden_axes = _split_axes(tokens, axes, batch_axes, mesh)
-        parts = _check.size(mesh, hidden_axes)
-        if (wire_dtype is not None or scales is not None) and tokens.shape[-1] % (
-            parts * SCALE_BLOCK
-        ):
-            raise ValueError(
-                f"x: expected shards of H in multiples of {SCALE_BLOCK} channels for fp8, got "
-                f"{tokens.shape[-1]} split {parts} ways over {hidden_axes}"
-            )
-    elif batch_axes is not None:
-        raise ValueError(f"batch_axes: expected None inside shard_map, got {batch_axes!r}")
-    batch_shape, top_k = tokens.shape[:-1], topk_idx.shape[-1]
-    groups = _check.size(mesh, split) // num_ranks
-    tokens, topk_idx = _flat(tokens), _flat(topk_idx)
-    topk_weights = None if topk_weights is None else _flat(topk_weights)
-    scales = None if scales is None else _flat(scales)
-    blocks = groups * num_ranks if in_global_view else 1
-    if tokens.shape[0] % blocks or (in_global_view and batch_shape[0] % blocks):
-        raise ValueError(
-            f"x: expected a leading dimension that is a multiple of the {blocks} ranks along "
-            f"{split}, got shape {(*batch_shape, tokens.shape[-1])}"
-        )
-    num_tokens = tokens.shape[0] // blocks
-    rows = num_rows(
-        num_tokens,
-        top_k,
+    values, topk_idx, spec, wire = _arguments.dispatch(
+        x,
+        topk_idx,
+        topk_weights,
         num_experts=num_experts,
-        num_ranks=num_ranks,
+        axis_name=axis_name,
         capacity=capacity,
         capacity_factor=capacity_factor,
         expert_alignment=expert_alignment,
-        layout=layout,
-    )
-    _check.fits_int32("pairs", num_ranks * num_tokens * top_k)
-    spec = Spec(
-        axis=axes,
-        num_ranks=num_ranks,
-        num_experts=num_experts,
-        num_tokens=num_tokens,
-        top_k=top_k,
-        rows=rows,
-        alignment=expert_alignment,
-        layout=layout,
         zero_tail=zero_tail,
+        wire_dtype=wire_dtype,
+        scale_format=scale_format,
+        deliver=deliver,
+        layout=layout,
         implementation=implementation,
-        config=_check.config(config),
-        group=_group.signature(mesh, axes),
-        batch_shape=batch_shape,
-        groups=groups if in_global_view else None,
-        mesh_axes=split if in_global_view else (),
-        hidden_axes=hidden_axes,
+        config=config,
+        batch_axes=batch_axes,
     )
-    topk_idx = _as_int32(topk_idx, num_experts)
-    if not in_global_view:
-        tokens, topk_idx, topk_weights, scales = _vary_alike(
-            spec, tokens, topk_idx, topk_weights, scales
-        )
-    kind = cast(WireKind, deliver if wire_dtype is not None and scales is None else "copy")
-    wire = Wire(kind, scale_format)
-    return _dispatch(spec, tokens, scales, topk_idx, topk_weights, wire)
-
-
-def _dispatch(spec, x, scales, topk_idx, topk_weights, wire):
-    *maps, expert_ids, counts, sizes, dropped = checkpoint_name(
-        _view.plan(lax.stop_gradient(topk_idx), spec=spec), _PLAN
-    )
-    plan = Plan(*maps)
-    sources = {"tokens": x, "scales": scales}
-    if topk_weights is not None:
-        sources["scalars"] = topk_weights.reshape(-1)
-    sources = {name: value for name, value in sources.items() if value is not None}
-    stopped = {name: lax.stop_gradient(value) for name, value in sources.items()}
-    rows = _view.dispatch(stopped, plan, spec=spec, wire=wire, forward=True)
-    rows = checkpoint_name(rows, _DISPATCH)
-    tokens, row_scales, weights = (rows.get(name) for name in ("tokens", "scales", "scalars"))
-    if row_scales is not None:
-        tokens = _grad.refuse_gradient(tokens, x)
-        if weights is not None:
-            source = {"scalars": sources["scalars"]}
-            weights = _grad.attach(spec, {"scalars": weights}, source, plan)["scalars"]
+    tokens = values["tokens"]
+    topk_idx = lax.stop_gradient(topk_idx)
+    stopped = {name: lax.stop_gradient(value) for name, value in values.items()}
+    if _slots.path(spec, tokens.shape[-1], tokens.dtype.itemsize) == "slots":
+        rows, planned = _view.slot_dispatch(stopped, topk_idx, spec=spec, wire=wire)
+        planned = checkpoint_name(planned, _PLAN)
     else:
-        given = {"rows": x, "scalars": sources.get("scalars")}
-        got = {"rows": tokens, "scalars": weights}
-        given, got = ({k: v for k, v in d.items() if v is not None} for d in (given, got))
-        attached = _grad.attach(spec, got, given, plan)
-        tokens, weights = attached["rows"], attached.get("scalars")
+        planned = checkpoint_name(_view.plan(topk_idx, spec=spec), _PLAN)
+        plan, _ = _ops.split_plan(planned)
+        rows = _view.dispatch(stopped, plan, spec=spec, wire=wire, forward=True)
+    rows = checkpoint_name(rows, _DISPATCH)
+    return delivered(_with_gradient(rows, values, planned, spec), planned, spec)
 
-    def shaped(rows):
+
+def _with_gradient(rows: dict[str, Array], values: dict[str, Array], planned, spec: Spec):
+    """Rows that were made from stopped values, with the gradient of the values."""
+    plan, _ = _ops.split_plan(planned)
+    if "scales" in rows:
+        rows["tokens"] = _grad.refuse_gradient(rows["tokens"], values["tokens"])
+        differentiable = {"scalars": "scalars"}
+    else:
+        differentiable = {"tokens": "rows", "scalars": "scalars"}
+    names = {name: kind for name, kind in differentiable.items() if name in rows}
+    if not names:
+        return rows
+    got, given = ({kind: d[name] for name, kind in names.items()} for d in (rows, values))
+    attached = _grad.attach(spec, got, given, plan)
+    return rows | {name: attached[kind] for name, kind in names.items()}
+
+
+def delivered(rows: dict[str, Array], planned, spec: Spec) -> Dispatched:
+    """What the user gets: rows and the results of the plan, in the shapes of the layout."""
+
+    def shaped(rows: Array) -> Array:
         lead = rows.shape[:1] if spec.is_global else ()
         return rows.reshape(*lead, *spec.row_shape, *rows.shape[len(lead) + 1 :])
 
+    plan, (expert_ids, counts, group_sizes, num_dropped) = _ops.split_plan(planned)
+    rows = {name: shaped(value) for name, value in rows.items()}
     return Dispatched(
-        tokens=shaped(tokens),
-        scales=None if row_scales is None else shaped(row_scales),
-        group_sizes=sizes,
+        tokens=rows["tokens"],
+        scales=rows.get("scales"),
+        group_sizes=group_sizes,
         counts=counts,
         expert_ids=shaped(expert_ids),
-        weights=None if weights is None else shaped(weights),
-        num_dropped=dropped,
+        weights=rows.get("scalars"),
+        num_dropped=num_dropped,
         handle=Handle(plan, spec),
     )
 
 
-def combine(y: Array, handle: Handle, weights: Array | None = None) -> Array:
+def combine(
+    y: Array,
+    handle: Handle,
+    weights: Array | None = None,
+    *,
+    wire_dtype=None,
+    scale_format: str = "float32",
+) -> Array:
     """Bring rows back to their tokens and add them up; the transpose of `dispatch`.
 
     Differentiable in `y` and `weights`. Equivalent code: `jax_ep.reference.combine`, in short::
@@ -218,6 +160,10 @@ def combine(y: Array, handle: Handle, weights: Array | None = None) -> Array:
             leading rank axis) of bfloat16, float16 or float32; H may differ from dispatch's.
         handle: `Dispatched.handle`.
         weights: float32, one per row (`Dispatched.weights`); None adds the rows as they are.
+        wire_dtype: `jnp.float8_e4m3fn` to quantise, one scale per 128 channels, every rank's sum
+            on its way to another rank (docs/decode.md has the error). Gradients pass straight
+            through. On CUDA for small batches only.
+        scale_format: "float32", or "e8m0" for scales that are powers of two.
 
     Returns:
         [..., H] of `y.dtype`, with the leading dimensions that `dispatch` saw.
@@ -225,73 +171,13 @@ def combine(y: Array, handle: Handle, weights: Array | None = None) -> Array:
     Raises:
         TypeError, ValueError: while tracing, naming the argument, with expected and got.
     """
-    if not isinstance(handle, Handle):
-        raise TypeError(f"handle: expected a jax_ep handle, got {type(handle).__name__}")
-    spec, plan = handle.spec, handle.plan
-    in_global_view = _check.find_view(spec.axis)
-    if in_global_view != spec.is_global:
-        views = {True: "on global arrays", False: "inside shard_map"}
-        raise ValueError(
-            f"handle: made {views[spec.is_global]}, used {views[in_global_view]}; dispatch and "
-            "combine belong to one view"
-        )
-    y = _check.array("y", y, dtypes=_check.TOKEN_DTYPES)
-    lead = () if spec.groups is None else (spec.groups * spec.num_ranks,)
-    expected = (*lead, *spec.row_shape)
-    if y.ndim != len(expected) + 1 or y.shape[:-1] != expected:
-        raise ValueError(f"y: expected shape {expected} + [H], got {y.shape}")
-    y = y.reshape(*lead, spec.rows, y.shape[-1])
-    if weights is not None:
-        weights = _check.array("weights", weights, dtypes=(jnp.float32,))
-        if weights.shape != expected:
-            raise ValueError(f"weights: expected shape {expected}, got {weights.shape}")
-        weights = weights.reshape(*lead, spec.rows)
-    if not spec.is_global:
-        y, weights, *maps = _vary_alike(spec, y, weights, *plan.arrays())
-        plan = Plan(*maps)
-    out = checkpoint_name(_grad.combine(spec, y, weights, plan), _COMBINE)
+    values, plan, spec, wire = _arguments.combine(
+        y, handle, weights, wire_dtype=wire_dtype, scale_format=scale_format
+    )
+    out = _grad.combine(spec, wire, values["rows"], values.get("weights"), plan)
+    return combined(checkpoint_name(out, _COMBINE), spec)
+
+
+def combined(out: Array, spec: Spec) -> Array:
+    """Sums of tokens, in the leading dimensions that `dispatch` saw."""
     return out.reshape(*spec.batch_shape, out.shape[-1])
-
-
-def _flat(array: Array) -> Array:
-    """`[..., C]` to `[T, C]`."""
-    return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
-
-
-def _as_int32(topk_idx, num_experts: int):
-    """Any integer type to int32; what is outside [-1, E) stays outside, as E."""
-    if topk_idx.dtype == jnp.int32:
-        return topk_idx
-    valid = topk_idx < num_experts
-    if jnp.issubdtype(topk_idx.dtype, jnp.signedinteger):
-        valid &= topk_idx >= -1
-    return jnp.where(valid, topk_idx, num_experts).astype(jnp.int32)
-
-
-def _vary_alike(spec: Spec, *arrays):
-    """Cast to the union of all varying axes and the group's, before any custom_vjp sees them."""
-    present = [a for a in arrays if a is not None]
-    axes = frozenset(spec.axis).union(*map(_jax_compat.varying_axes, present))
-    return [a if a is None else _jax_compat.cast_to_varying(a, axes) for a in arrays]
-
-
-def _split_axes(x, axes, batch_axes, mesh):
-    """Mesh axes that split the tokens, and (Explicit meshes) those that split H."""
-    types = _jax_compat.axis_types(mesh)
-    if not any(types[axis] == AxisType.Explicit for axis in axes):
-        outer = () if batch_axes is None else _check.axis_tuple(batch_axes)
-        for axis in outer:
-            if axis not in types or axis in axes:
-                raise ValueError(
-                    f"batch_axes: expected axes of the mesh {mesh.axis_names} outside the group "
-                    f"{axes}, got {batch_axes!r}"
-                )
-        return (*outer, *axes), ()
-    entries = _jax_compat.partition_of(x)
-    split = entries[0]
-    if split[len(split) - len(axes) :] != axes or any(entries[1:-1]):
-        raise ValueError(
-            f"x: expected its leading dimension, alone, to be sharded over the group's axes {axes} "
-            f"as the minor ones, got {entries}"
-        )
-    return split, entries[-1]

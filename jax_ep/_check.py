@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from . import _fp8, _jax_compat
-from ._types import SCALE_BLOCK, Config
+from ._types import SCALE_BLOCK, Config, Spec
 
 TOKEN_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _FP8 = jnp.dtype(jnp.float8_e4m3fn)
@@ -79,14 +79,44 @@ def array(name: str, value, *, dtypes=None, kind=None):
     return jnp.asarray(value)
 
 
-def tokens(x, *, wire_dtype, scale_format, deliver):
-    """Check `x` and the FP8 options together; returns `(x, scales)`, scales None unless given."""
-    one_of("deliver", deliver, ("dequantized", "quantized"))
+def wire(wire_dtype, scale_format) -> None:
+    """Check what rows travel as."""
     one_of("scale_format", scale_format, _fp8.SCALE_FORMATS)
     if wire_dtype is not None and jnp.dtype(wire_dtype) != _FP8:
         raise ValueError(
             f"wire_dtype: expected None or {_FP8.name}, got {jnp.dtype(wire_dtype).name}"
         )
+
+
+def whole_blocks(name: str, hidden: int, axes: tuple[str, ...] = (), parts: int = 1) -> None:
+    """Check that rows of fp8 have whole blocks, also where `axes` of a mesh split them in parts."""
+    if parts == 1 and hidden % SCALE_BLOCK:
+        raise ValueError(
+            f"{name}: expected a hidden size that is a multiple of {SCALE_BLOCK} for fp8, got "
+            f"{hidden}"
+        )
+    if hidden % (parts * SCALE_BLOCK):
+        raise ValueError(
+            f"{name}: expected shards of H in multiples of {SCALE_BLOCK} channels for fp8, got "
+            f"{hidden} split {parts} ways over {axes}"
+        )
+
+
+def view_of(name: str, spec: Spec) -> None:
+    """Check that what was made in one view is used in it."""
+    in_global_view = find_view(spec.axis)
+    if in_global_view != spec.is_global:
+        views = {True: "on global arrays", False: "inside shard_map"}
+        raise ValueError(
+            f"{name}: made {views[spec.is_global]}, used {views[in_global_view]}; dispatch and "
+            "combine, start and done belong to one view"
+        )
+
+
+def tokens(x, *, wire_dtype, scale_format, deliver):
+    """Check `x` and the FP8 options together; returns `(x, scales)`, scales None unless given."""
+    one_of("deliver", deliver, ("dequantized", "quantized"))
+    wire(wire_dtype, scale_format)
     scales = None
     if isinstance(x, tuple):
         if len(x) != 2:
@@ -103,10 +133,8 @@ def tokens(x, *, wire_dtype, scale_format, deliver):
     if x.ndim < 2:
         raise ValueError(f"x: expected shape [..., H] with at least two dimensions, got {x.shape}")
     hidden = x.shape[-1]
-    if (wire_dtype is not None or scales is not None) and hidden % SCALE_BLOCK:
-        raise ValueError(
-            f"x: expected a hidden size that is a multiple of {SCALE_BLOCK} for fp8, got {hidden}"
-        )
+    if wire_dtype is not None or scales is not None:
+        whole_blocks("x", hidden)
     if scales is not None and scales.shape != (*x.shape[:-1], hidden // SCALE_BLOCK):
         raise ValueError(
             f"x[1]: expected shape {(*x.shape[:-1], hidden // SCALE_BLOCK)}, got {scales.shape}"

@@ -6,18 +6,22 @@ The calls are pure and carry everything static as attributes; the handlers find 
 """
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from . import _ffi, _jax_compat
+from . import _ffi, _jax_compat, _slots
 from ._types import SCALE_BLOCK, Plan, Spec, Wire
 
 MAX_RANKS, MAX_TOP_K, MAX_EXPERTS, MAX_PAIRS = 64, 32, 3072, 65536
 _WIRE_KINDS = {"copy": 0, "quantized": 1, "dequantized": 2}
+Phase = Literal["whole", "start", "done"]  # of an operation in slots, numbered from 0
+_PHASES = get_args(Phase)
+Type = tuple[tuple[int, ...], Any]
+_TICKET: list[Type] = [((1,), jnp.int32)]
 
 
 def why_not(spec: Spec) -> str | None:
@@ -36,46 +40,30 @@ def why_not(spec: Spec) -> str | None:
 
 def plan(topk_idx: Array, *, spec: Spec) -> tuple[Array, ...]:
     """`topk_idx [T, K]` to the arrays of `Plan`, then expert_ids, counts, group_sizes, dropped."""
-    pairs, by_source = (spec.num_tokens, spec.top_k), spec.num_ranks * spec.num_tokens
-    experts = (spec.local_experts,)
     words = _ffi.plan_scratch_words(spec.num_ranks, spec.num_experts, spec.num_tokens, spec.top_k)
-    shapes = (
-        *(pairs, pairs, (spec.rows,), (by_source, spec.top_k), (by_source,)),
-        *((spec.rows,), experts, experts, (1,), (words,)),
-    )
-    results = _call("jax_ep_plan", [(s, jnp.int32) for s in shapes], (topk_idx,), spec)
-    return tuple(results[:-1])
+    types = [*_plan_types(spec), ((words,), jnp.int32)]
+    return _call("jax_ep_plan", types, (topk_idx,), spec)[:-1]
 
 
 def dispatch(values: dict[str, Array], maps: Plan, *, spec: Spec, wire: Wire) -> tuple[Array, ...]:
     """Values named tokens, scales, scalars, to my rows."""
-    tokens = values["tokens"]
-    hidden = tokens.shape[-1]
-    quantized = wire.kind == "quantized"
-    dtype = jnp.float8_e4m3fn if quantized else tokens.dtype
-    _check_row_bytes("x", hidden * jnp.dtype(dtype).itemsize)
-    types: list[tuple[tuple[int, ...], Any]] = [((spec.rows, hidden), dtype)]
-    if "scales" in values or quantized:
-        types.append(((spec.rows, hidden // SCALE_BLOCK), jnp.float32))
-    if "scalars" in values:
-        types.append(((spec.rows,), jnp.float32))
     return _call(
         "jax_ep_dispatch",
-        types,
+        _row_types(values, spec, wire),
         (*values.values(), *maps.arrays()),
         spec,
-        wire=np.int64(_WIRE_KINDS[wire.kind]),
-        power_of_two=np.bool_(wire.scale_format == "e8m0"),
-        zero_tail=np.bool_(spec.zero_tail),
-        has_scales=np.bool_("scales" in values),
-        has_scalars=np.bool_("scalars" in values),
+        **_dispatch_attributes(values, spec, wire),
     )
 
 
-def combine(values: dict[str, Array], maps: Plan, *, spec: Spec) -> tuple[Array, ...]:
+def combine(values: dict[str, Array], maps: Plan, *, spec: Spec, wire: Wire) -> tuple[Array, ...]:
     """Values named rows, weights, scalars, to tokens and scalars of pairs."""
+    if "scalars" not in values and _rows_path(values["rows"], spec) == "slots":
+        return slot_combine((), values, maps, spec=spec, wire=wire, phase="whole")
+    if wire.kind == "quantized":
+        _require_slots("combine with wire_dtype", values["rows"], spec)
     slots = min(spec.num_ranks - 1, spec.top_k)
-    types: list[tuple[tuple[int, ...], Any]] = []
+    types: list[Type] = []
     if "rows" in values:
         rows = values["rows"]
         hidden = rows.shape[-1]
@@ -98,6 +86,97 @@ def combine(values: dict[str, Array], maps: Plan, *, spec: Spec) -> tuple[Array,
     return tuple(results[:wanted])
 
 
+def slot_dispatch(
+    ticket, values: dict[str, Array], topk_idx: Array, *, spec: Spec, wire: Wire, phase: Phase
+) -> tuple[Array, ...]:
+    """`plan` and `dispatch` in one: rows, then the results of `plan`; "start" gives a ticket [1].
+
+    `ticket`: what "start" gave, in front of the operands of "done", else nothing.
+    """
+    tokens = values["tokens"]
+    if phase != "whole":
+        _require_slots(f"dispatch_{phase}", tokens, spec)
+    types = [*_row_types(values, spec, wire), *_plan_types(spec)]
+    return _call(
+        "jax_ep_slot_dispatch",
+        _TICKET if phase == "start" else types,
+        (*ticket, *values.values(), topk_idx),
+        spec,
+        phase=np.int64(_PHASES.index(phase)),
+        **_dispatch_attributes(values, spec, wire),
+    )
+
+
+def slot_combine(
+    ticket, values: dict[str, Array], maps: Plan, *, spec: Spec, wire: Wire, phase: Phase
+) -> tuple[Array, ...]:
+    """`combine` of rows and, or not, weights, in one flight; `ticket` as in `slot_dispatch`."""
+    rows = values["rows"]
+    if phase != "whole":
+        _require_slots(f"combine_{phase}", rows, spec)
+    _check_row_bytes("y", rows.shape[-1] * rows.dtype.itemsize)
+    return _call(
+        "jax_ep_slot_combine",
+        _TICKET if phase == "start" else [((spec.num_tokens, rows.shape[-1]), rows.dtype)],
+        (*ticket, *values.values(), *maps.arrays()),
+        spec,
+        phase=np.int64(_PHASES.index(phase)),
+        has_weights=np.bool_("weights" in values),
+        **_wire_attributes(wire),
+    )
+
+
+def _rows_path(rows: Array, spec: Spec) -> _slots.Path:
+    return _slots.path(spec, rows.shape[-1], rows.dtype.itemsize)
+
+
+def _require_slots(what: str, rows: Array, spec: Spec) -> None:
+    why = _slots.why_direct(spec, rows.shape[-1], rows.dtype.itemsize)
+    if why is not None:
+        raise ValueError(
+            f"jax_ep.{what} is for small batches on CUDA: {why}. Valid here: plain dispatch and "
+            "combine, which take any size, or implementation='xla'."
+        )
+
+
+def _row_types(values: dict[str, Array], spec: Spec, wire: Wire) -> list[Type]:
+    tokens, quantized = values["tokens"], wire.kind == "quantized"
+    hidden = tokens.shape[-1]
+    dtype = jnp.float8_e4m3fn if quantized else tokens.dtype
+    _check_row_bytes("x", hidden * jnp.dtype(dtype).itemsize)
+    types: list[Type] = [((spec.rows, hidden), dtype)]
+    if "scales" in values or quantized:
+        types.append(((spec.rows, hidden // SCALE_BLOCK), jnp.float32))
+    if "scalars" in values:
+        types.append(((spec.rows,), jnp.float32))
+    return types
+
+
+def _plan_types(spec: Spec) -> list[Type]:
+    pairs, by_source = (spec.num_tokens, spec.top_k), spec.num_ranks * spec.num_tokens
+    experts, rows = (spec.local_experts,), (spec.rows,)
+    shapes = (
+        *(pairs, pairs, rows, (by_source, spec.top_k), (by_source,)),
+        *(rows, experts, experts, (1,)),
+    )
+    return [(shape, jnp.int32) for shape in shapes]
+
+
+def _dispatch_attributes(values: dict[str, Array], spec: Spec, wire: Wire) -> dict:
+    return dict(
+        **_wire_attributes(wire),
+        zero_tail=np.bool_(spec.zero_tail),
+        has_scales=np.bool_("scales" in values),
+        has_scalars=np.bool_("scalars" in values),
+    )
+
+
+def _wire_attributes(wire: Wire) -> dict:
+    return dict(
+        wire=np.int64(_WIRE_KINDS[wire.kind]), power_of_two=np.bool_(wire.scale_format == "e8m0")
+    )
+
+
 def _check_row_bytes(name: str, row_bytes: int) -> None:
     if row_bytes % 16:
         raise ValueError(
@@ -106,7 +185,7 @@ def _check_row_bytes(name: str, row_bytes: int) -> None:
         )
 
 
-def _call(target: str, types, operands, spec: Spec, **attributes) -> tuple[Array, ...]:
+def _call(target: str, types: list[Type], operands, spec: Spec, **attributes) -> tuple[Array, ...]:
     results = [_jax_compat.like(operands[0], shape, dtype) for shape, dtype in types]
     sizes = dict(
         num_ranks=spec.num_ranks,

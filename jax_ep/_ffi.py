@@ -49,9 +49,18 @@ def plan_scratch_words(num_ranks: int, num_experts: int, num_tokens: int, top_k:
     return _ext.plan_scratch_words(num_ranks, num_experts, num_tokens, top_k)
 
 
-def make_group(key: str, devices: list[int]) -> bool:
-    """Make the group `key`: the CUDA device of each rank, -1 for ranks of other processes."""
-    return _ext.make_group(key, devices)
+def make_group(key: str, devices: list[int], slot_tokens: int, slot_row_bytes: int) -> bool:
+    """Make the group `key`: the CUDA device of each rank, -1 for ranks of other processes.
+
+    Its slots take `slot_tokens` tokens from each rank, of `slot_row_bytes` a row.
+    """
+    return _ext.make_group(key, devices, slot_tokens, slot_row_bytes)
+
+
+def slot_bytes(num_ranks: int, tokens: int, row_bytes: int) -> int | None:
+    """Bytes of the slots on each rank of a group; None if this build has none."""
+    function = getattr(_ext, "slot_bytes", None)
+    return None if function is None else function(num_ranks, tokens, row_bytes)
 
 
 def export_rank(key: str, rank: int, in_pool: int) -> tuple[int, int, int, int]:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from . import _view
-from ._types import Plan, Spec
+from ._types import Plan, Spec, Wire
 
 QUANTIZED_GRADIENT = (
     "jax_ep.dispatch(deliver='quantized') has no gradient for x: an fp8 result would get an fp8 "
@@ -62,18 +62,40 @@ def _refuse_fwd(rows, source):
 refuse_gradient.defvjp(_refuse_fwd, lambda _, g: (None, g))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def combine(spec: Spec, y, weights, plan: Plan):
-    """`y [rows, H]` to `[T, H]`; `weights [rows]` or None."""
+def forward_only(name: str, values: dict) -> dict:
+    """`values`; differentiating through them raises an error that names the operation."""
+    return dict(zip(values, _forward_only(name, *values.values()), strict=True))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _forward_only(name, *arrays):
+    del name
+    return arrays
+
+
+@_forward_only.defjvp
+def _refuse_jvp(name, primals, tangents):
+    del primals, tangents
+    raise TypeError(
+        f"jax_ep.{name} has no gradient: operations in two halves are forward only. Use "
+        "jax_ep.dispatch and jax_ep.combine where you differentiate, or jax.lax.stop_gradient."
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def combine(spec: Spec, wire: Wire, y, weights, plan: Plan):
+    """`y [rows, H]` to `[T, H]`; `weights [rows]` or None. The wire is not differentiated."""
     named = {"rows": y} if weights is None else {"rows": y, "weights": weights}
-    return _view.combine(named, plan, spec=spec)["rows"]
+    return _view.combine(named, plan, spec=spec, wire=wire)["rows"]
 
 
-def _combine_fwd(spec, y, weights, plan):
-    return combine(spec, y, weights, plan), (None if weights is None else y, weights, plan)
+def _combine_fwd(spec: Spec, wire: Wire, y, weights, plan):
+    out = combine(spec, wire, y, weights, plan)
+    return out, (None if weights is None else y, weights, plan)
 
 
-def _combine_bwd(spec, residuals, g):
+def _combine_bwd(spec, wire, residuals, g):
+    del wire
     y, weights, plan = residuals
     g_rows = _view.dispatch({"tokens": g}, plan, spec=spec, forward=False)["tokens"]
     if weights is None:

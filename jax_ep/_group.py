@@ -16,11 +16,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from . import _ffi, _rendezvous
+from . import _check, _ffi, _rendezvous
 from ._check import axis_tuple
 from ._jax_compat import Device
+from ._types import Config
 
 _groups: dict[str, Mesh] = {}
+_slot_sizes: dict[str, tuple[int, int]] = {}  # of each group's devices: tokens, bytes of a row
 _log = logging.getLogger("jax_ep")
 _WATCH_PERIOD_S = 1.0
 _calls: dict[str, int] = {}  # of initialize for each signature, alike in every process
@@ -33,7 +35,9 @@ def signature(mesh, axes: tuple[str, ...]) -> str:
     return f"{sizes}|{','.join(axes)}"
 
 
-def initialize(mesh: Mesh, axis_name="expert", *, timeout_s: float = 60.0) -> None:
+def initialize(
+    mesh: Mesh, axis_name="expert", *, timeout_s: float = 60.0, config: Config | None = None
+) -> None:
     """Set up the group of every line of devices along `axis_name`; once, outside jit.
 
     Idempotent; after a failure it starts a new generation. Needed before the first operation on
@@ -43,11 +47,14 @@ def initialize(mesh: Mesh, axis_name="expert", *, timeout_s: float = 60.0) -> No
         mesh: a concrete `jax.sharding.Mesh` of all devices that take part.
         axis_name: the mesh axis, or tuple of axes, along which devices exchange tokens.
         timeout_s: seconds after which a wait for a peer ends in an error.
+        config: `decode_tokens` and `decode_row_bytes` size the slots for small batches, which are
+            allocated here; pass the same to the operations. None: as an earlier call has it, or
+            the default `Config`.
 
     Raises:
-        TypeError: `mesh` is not a concrete mesh.
+        TypeError: `mesh` is not a concrete mesh, or `config` not a `Config`.
         ValueError: an unknown axis; a timeout that is not positive; a mesh of the same axes and
-            sizes but another order of devices than an earlier one.
+            sizes but another order of devices than an earlier one; slots of another size.
     """
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
@@ -67,12 +74,15 @@ def initialize(mesh: Mesh, axis_name="expert", *, timeout_s: float = 60.0) -> No
             f"{[d.id for d in known.devices.flat]}, got {[d.id for d in mesh.devices.flat]}. "
             "Call jax_ep.finalize() first."
         )
+    groups = _groups_of(mesh, axes)
+    slots = _slots_of(groups, config)
     on_gpus = all(d.platform in ("gpu", "cuda") for d in mesh.devices.flat)
     if on_gpus and _ffi.has_cuda():
         restart = known is None or _ffi.is_broken(name)
-        _start(name, _groups_of(mesh, axes), float(timeout_s), restart)
+        _start(name, groups, float(timeout_s), restart, slots)
         _watch()
     _groups[name] = mesh
+    _slot_sizes.update((_key(group), slots) for group in groups)
 
 
 def _groups_of(mesh: Mesh, axes: tuple[str, ...]) -> list[list[Device]]:
@@ -83,7 +93,32 @@ def _groups_of(mesh: Mesh, axes: tuple[str, ...]) -> list[list[Device]]:
     return np.transpose(mesh.devices, order).reshape(-1, num_ranks).tolist()
 
 
-def _start(name: str, groups: list[list[Device]], timeout_s: float, restart: bool) -> None:
+def _key(group: list[Device]) -> str:
+    return ",".join(str(d.id) for d in group)
+
+
+def _slots_of(groups: list[list[Device]], config: Config | None) -> tuple[int, int]:
+    """Tokens and bytes of a row that the slots of `groups` take."""
+    known = {_slot_sizes[key] for key in map(_key, groups) if key in _slot_sizes}
+    if config is None and len(known) == 1:
+        return known.pop()
+    config = _check.config(config)
+    wanted = config.decode_tokens, config.decode_row_bytes
+    for sizes in known - {wanted}:
+        raise ValueError(
+            "config: a group of these devices exists with slots of another size: expected "
+            f"decode_tokens and decode_row_bytes {sizes}, got {wanted}. Call jax_ep.finalize() first."
+        )
+    return wanted
+
+
+def _start(
+    name: str,
+    groups: list[list[Device]],
+    timeout_s: float,
+    restart: bool,
+    slots: tuple[int, int],
+) -> None:
     """Make or restart every group that has a device of this process, if any process wants it."""
     me = jax.process_index()
     everyone = [d for group in groups for d in group]
@@ -98,10 +133,10 @@ def _start(name: str, groups: list[list[Device]], timeout_s: float, restart: boo
     for group in groups:
         if all(d.process_index != me for d in group):
             continue
-        key = ",".join(str(d.id) for d in group)
+        key = f"{_key(group)} slots {slots[0]}x{slots[1]}"  # groups of other slots live on
         devices = [d.local_hardware_id if d.process_index == me else -1 for d in group]
         _generation[key] = _generation.get(key, 0) + 1
-        is_new = _ffi.make_group(key, devices)
+        is_new = _ffi.make_group(key, devices, *slots)
         if -1 not in devices:
             _ffi.start_group(name, key, _generation[key], timeout_s, sharing)
             continue
@@ -131,6 +166,7 @@ def _watch() -> None:
 def finalize() -> None:
     """Take every group out of use; `initialize` makes new ones. Call it when no operation runs."""
     _groups.clear()
+    _slot_sizes.clear()
     _ffi.finalize_groups()
 
 

@@ -9,7 +9,8 @@ from importlib import metadata
 
 import jax
 
-from . import _ffi
+from . import _ffi, _slots
+from ._types import Config
 
 
 def facts() -> dict:
@@ -33,6 +34,7 @@ def facts() -> dict:
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in devices],
         "implementations": [*(["cuda"] if _ffi.has_cuda() else []), "xla"],
         "control_block": control_block(num_ranks=max(2, len(devices))),
+        "small_batches": small_batches(Config(), num_ranks=max(2, len(devices))),
         "groups": _ffi.describe_groups(),
         "missing": missing,
     }
@@ -51,6 +53,14 @@ def control_block(num_ranks: int) -> list[str]:
     lines = [f"{name}: {size} bytes at {at}, by {writer}" for name, writer, at, size in fields]
     total = sum(size for _, _, _, size in fields)
     return [f"{total} bytes on each of {num_ranks} ranks", *lines] if fields else []
+
+
+def small_batches(config: Config, num_ranks: int) -> list[str]:
+    """Which operations go through slots on CUDA, and the memory that these take."""
+    lines = [_slots.rule(config)]
+    sizes = config.decode_tokens, config.decode_row_bytes
+    count = _ffi.slot_bytes(num_ranks, *sizes)
+    return lines if count is None else [*lines, f"{count} bytes on each of {num_ranks} ranks"]
 
 
 def main(as_json: bool) -> int:

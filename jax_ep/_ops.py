@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Three primitives, plan, dispatch and combine, whose implementation is chosen when lowering.
+"""The primitives, whose implementation is chosen when lowering.
+
+plan, dispatch, combine              the operations
+slot_dispatch                        plan and dispatch of a small batch in one
+*_start, *_done                      slot_dispatch and combine of a small batch in two halves
 
 They see one rank's block inside `shard_map`. Gradients are one layer up, in `_grad.py`.
 """
 
+import dataclasses
 import functools
 import warnings
 from typing import Any
@@ -20,7 +25,7 @@ from ._types import SCALE_BLOCK, Plan, Spec, Wire
 _GPU_PLATFORMS = ("cuda", "rocm")
 
 
-def _define(name: str, abstract, portable, cuda) -> Primitive:
+def _define(name: str, abstract, portable, cuda, batch_rule=None) -> Primitive:
     """A primitive with `abstract(*types, spec, ...)` and its two implementations."""
     prim = Primitive(f"jax_ep_{name}")
     prim.multiple_results = True
@@ -52,7 +57,7 @@ def _define(name: str, abstract, portable, cuda) -> Primitive:
         mlir.register_lowering(
             prim, functools.partial(_lower, rules, name, platform), platform=platform
         )
-    batching.primitive_batchers[prim] = functools.partial(_batch, prim)
+    batching.primitive_batchers[prim] = functools.partial(batch_rule or _batch, prim)
     return prim
 
 
@@ -97,10 +102,10 @@ def _batch(prim, operands, dims, *, batch, **params):
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     if prim is plan_p and dims[0] is None:  # unreachable by vmap, which skips unmapped calls
         raise AssertionError("plan without a mapped operand")
-    if params.get("forward") and any(d is None for d in dims):
+    if (prim is slot_dispatch_p or params.get("forward")) and any(d is None for d in dims):
         raise ValueError(
             "jax_ep.dispatch under vmap: expected x, topk_idx and topk_weights all mapped, got "
-            f"mapped={[d is not None for d in dims]} of its operands and plan. Broadcast the "
+            f"mapped={[d is not None for d in dims]} of its operands. Broadcast the "
             "others first, or call dispatch outside the vmap."
         )
     moved = [
@@ -111,6 +116,16 @@ def _batch(prim, operands, dims, *, batch, **params):
     return results, [0] * len(results)
 
 
+def _refuse_batch(prim, operands, dims, **params):
+    """A start or a done under vmap would have several operations in flight at once."""
+    del operands, dims, params
+    name = prim.name.removeprefix("jax_ep_")
+    raise ValueError(
+        f"jax_ep.{name} under vmap: expected no vmap, as a group has one dispatch and one combine in "
+        "flight at a time. Fold the mapped dimension into the tokens, or use dispatch and combine."
+    )
+
+
 def _plan_types(topk_idx, *, spec: Spec):
     del topk_idx
     pairs = (spec.num_tokens, spec.top_k)
@@ -118,6 +133,12 @@ def _plan_types(topk_idx, *, spec: Spec):
     sources = spec.num_ranks * spec.num_tokens
     maps = (pairs, pairs, (spec.rows,), (sources, spec.top_k), (sources,))
     return [(shape, jnp.int32) for shape in (*maps, (spec.rows,), experts, experts, (1,))]
+
+
+def split_plan(planned) -> tuple[Plan, tuple]:
+    """The results of `plan_p`: the maps, then expert_ids, counts, group_sizes, num_dropped."""
+    count = len(dataclasses.fields(Plan))
+    return Plan(*planned[:count]), tuple(planned[count:])
 
 
 def _split(operands, kinds: tuple[str, ...]) -> tuple[dict, Plan]:
@@ -158,7 +179,8 @@ def _dispatch_cuda(*operands, spec: Spec, wire: Wire, kinds: tuple[str, ...], fo
     return _cuda.dispatch(values, maps, spec=spec, wire=wire)
 
 
-def _combine_types(*operands, spec: Spec, kinds: tuple[str, ...]):
+def _combine_types(*operands, spec: Spec, wire: Wire, kinds: tuple[str, ...]):
+    del wire
     named, _ = _split(operands, kinds)
     types = []
     if "rows" in named:
@@ -168,21 +190,79 @@ def _combine_types(*operands, spec: Spec, kinds: tuple[str, ...]):
     return types
 
 
-def _combine_xla(*operands, spec: Spec, kinds: tuple[str, ...]):
+def _combine_xla(*operands, spec: Spec, wire: Wire, kinds: tuple[str, ...]):
     named, maps = _split(operands, kinds)
     results = []
     if "rows" in named:
-        results.append(
-            _xla.combine(named["rows"], named.get("weights"), maps.token_rows, spec=spec)
-        )
+        rows, weights = named["rows"], named.get("weights")
+        results.append(_xla.combine(rows, weights, maps.token_rows, spec=spec, wire=wire))
     if "scalars" in named:
         results.append(_xla.return_scalars(named["scalars"], maps.row_pair, spec=spec))
     return results
 
 
-def _combine_cuda(*operands, spec: Spec, kinds: tuple[str, ...]):
+def _combine_cuda(*operands, spec: Spec, wire: Wire, kinds: tuple[str, ...]):
     named, maps = _split(operands, kinds)
-    return _cuda.combine(named, maps, spec=spec)
+    return _cuda.combine(named, maps, spec=spec, wire=wire)
+
+
+def _slot_dispatch_types(*operands, spec: Spec, wire: Wire, kinds: tuple[str, ...]):
+    rows = _dispatch_types(*operands, spec=spec, wire=wire, kinds=kinds, forward=True)
+    return [*rows, *_plan_types(operands[-1], spec=spec)]
+
+
+def _slot_dispatch_xla(*operands, spec: Spec, wire: Wire, kinds: tuple[str, ...]):
+    *values, topk_idx = operands
+    planned = _xla.plan(topk_idx, spec=spec)
+    maps, _ = split_plan(planned)
+    operands = (*values, *maps.arrays())
+    rows = _dispatch_xla(*operands, spec=spec, wire=wire, kinds=kinds, forward=True)
+    return (*rows, *planned)
+
+
+def _slot_dispatch_cuda(
+    *operands, spec: Spec, wire: Wire, kinds: tuple[str, ...], phase: _cuda.Phase = "whole"
+):
+    ticket, operands = _split_ticket(operands, phase)
+    values = dict(zip(kinds, operands[:-1], strict=True))
+    return _cuda.slot_dispatch(ticket, values, operands[-1], spec=spec, wire=wire, phase=phase)
+
+
+def _slot_combine_cuda(
+    *operands, spec: Spec, wire: Wire, kinds: tuple[str, ...], phase: _cuda.Phase
+):
+    ticket, operands = _split_ticket(operands, phase)
+    named, maps = _split(operands, kinds)
+    return _cuda.slot_combine(ticket, named, maps, spec=spec, wire=wire, phase=phase)
+
+
+def _split_ticket(operands, phase: _cuda.Phase):
+    return (operands[:1], operands[1:]) if phase == "done" else ((), operands)
+
+
+def _ticket_types(*operands, **params):
+    del operands, params
+    return [((1,), jnp.int32)]
+
+
+def _no_ticket(*operands, **params):
+    """A start on `xla`, where the done is the whole operation."""
+    del operands, params
+    return [jnp.zeros(1, jnp.int32)]
+
+
+def _after_ticket(function):
+    """`function` of the operands without the ticket in front."""
+    return lambda ticket, *operands, **params: function(*operands, **params)
+
+
+def _define_halves(name: str, types, portable, cuda) -> tuple[Primitive, Primitive]:
+    """Start and done of an operation whose CUDA implementation takes a phase."""
+    start, done = (functools.partial(cuda, phase=phase) for phase in ("start", "done"))
+    return (
+        _define(f"{name}_start", _ticket_types, _no_ticket, start, _refuse_batch),
+        _define(f"{name}_done", _after_ticket(types), _after_ticket(portable), done, _refuse_batch),
+    )
 
 
 #: topk_idx [T, K] -> the arrays of Plan, expert_ids, counts, group_sizes, num_dropped
@@ -191,24 +271,23 @@ plan_p = _define("plan", _plan_types, _xla.plan, _cuda.plan)
 dispatch_p = _define("dispatch", _dispatch_types, _dispatch_xla, _dispatch_cuda)
 #: values named by kinds ("rows", "weights", "scalars"), the plan -> tokens, scalars of pairs
 combine_p = _define("combine", _combine_types, _combine_xla, _combine_cuda)
+#: the values of dispatch, topk_idx -> rows of each value, the results of plan
+slot_dispatch_p = _define(
+    "slot_dispatch", _slot_dispatch_types, _slot_dispatch_xla, _slot_dispatch_cuda
+)
+#: the operands of slot_dispatch -> ticket [1]; ticket, the same operands -> its results
+dispatch_start_p, dispatch_done_p = _define_halves(
+    "dispatch", _slot_dispatch_types, _slot_dispatch_xla, _slot_dispatch_cuda
+)
+#: the operands of combine -> ticket [1]; ticket, the same operands -> its results
+combine_start_p, combine_done_p = _define_halves(
+    "combine", _combine_types, _combine_xla, _slot_combine_cuda
+)
 
 
-def plan(topk_idx, *, spec: Spec):
-    """Bind `plan_p` on one rank's block."""
-    return tuple(plan_p.bind(topk_idx, spec=spec, batch=0))
-
-
-def dispatch(*operands, spec: Spec, wire: Wire, kinds: tuple[str, ...], forward: bool):
-    """Bind `dispatch_p`: the values that `kinds` names, then the plan's arrays."""
-    operands = _vary(operands, spec)
-    return tuple(
-        dispatch_p.bind(*operands, spec=spec, wire=wire, kinds=kinds, forward=forward, batch=0)
-    )
-
-
-def combine(*operands, spec: Spec, kinds: tuple[str, ...]):
-    """Bind `combine_p`: the values that `kinds` names, then the plan's arrays."""
-    return tuple(combine_p.bind(*_vary(operands, spec), spec=spec, kinds=kinds, batch=0))
+def bind(prim: Primitive, *operands, spec: Spec, **params):
+    """Results of a primitive on one rank's block."""
+    return tuple(prim.bind(*_vary(operands, spec), spec=spec, batch=0, **params))
 
 
 def _vary(operands, spec: Spec):

@@ -10,6 +10,7 @@ from jax import Array
 Layout = Literal["ragged", "batched"]
 Implementation = Literal["cuda", "xla"]
 WireKind = Literal["copy", "quantized", "dequantized"]
+Operation = Literal["dispatch", "combine"]
 
 #: Names under which results are saved by `jax.checkpoint` policies such as
 #: `jax.checkpoint_policies.save_only_these_names(*jax_ep.REMAT_NAMES)`: with all of them
@@ -27,14 +28,23 @@ class Config:
     Args:
         num_sms: thread blocks (one per SM) the CUDA kernels take; None for the default derived
             from the link. The `xla` implementation ignores it.
+        decode_tokens: most tokens per rank, T, that take the path for small batches on CUDA; 0
+            switches it off. `initialize` sizes the slots of a group by this and the next.
+        decode_row_bytes: most bytes of a row, H times the item size of `x` or `y`, that take it.
     """
 
     num_sms: int | None = None
+    decode_tokens: int = 128
+    decode_row_bytes: int = 16384
 
     def __post_init__(self):
         n = self.num_sms
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
             raise ValueError(f"Config.num_sms: expected None or a positive int, got {n!r}")
+        for name in ("decode_tokens", "decode_row_bytes"):
+            n = getattr(self, name)
+            if not isinstance(n, int) or isinstance(n, bool) or n < 0:
+                raise ValueError(f"Config.{name}: expected a non-negative int, got {n!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +88,10 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Wire:
-    """What happens to a token's row on its way."""
+    """What happens to a row on its way: a token's in dispatch, a partial sum in combine.
+
+    combine knows "copy" and "quantized": what arrives there is added up, not delivered.
+    """
 
     kind: WireKind = "copy"
     scale_format: str = "float32"
@@ -134,3 +147,30 @@ class Dispatched:
     weights: Array | None
     num_dropped: Array
     handle: Handle
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class InFlight:
+    """An operation that was started and is not done: opaque, a pytree of arrays.
+
+    What `dispatch_start` and `combine_start` return, for one `dispatch_done` or `combine_done`.
+    """
+
+    ticket: Array  # [1] int32
+    operands: tuple[Array, ...]  # values named by kinds, then topk_idx (dispatch) or the plan
+    operation: Operation = dataclasses.field(metadata=dict(static=True))
+    kinds: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))
+    spec: Spec = dataclasses.field(metadata=dict(static=True))
+    wire: Wire = dataclasses.field(metadata=dict(static=True))
+    types: tuple[str, ...] = dataclasses.field(metadata=dict(static=True))  # of the arrays
+
+    @property
+    def values(self) -> dict[str, Array]:
+        """The operands that `kinds` names."""
+        return dict(zip(self.kinds, self.operands[: len(self.kinds)], strict=True))
+
+    @property
+    def routing(self) -> tuple[Array, ...]:
+        """The operands after them: topk_idx, or the arrays of the plan."""
+        return self.operands[len(self.kinds) :]

@@ -21,66 +21,111 @@ from ._types import SCALE_BLOCK, Plan, Spec, Wire
 
 _COPY = Wire()
 
-
 _PLAN = ("pair", "pair", "row", "source", "slot")
+_PLANNED = (*_PLAN, "row", "expert", "expert", "one")
 _VALUES = {"tokens": "hidden", "scales": "scale", "scalars": "scalar"}
 _ROWS = {"rows": "row_hidden", "weights": "row", "scalars": "row"}
+_HALVES = (
+    *(_ops.dispatch_start_p, _ops.dispatch_done_p),
+    *(_ops.combine_start_p, _ops.combine_done_p),
+)
 
 
 def plan(topk_idx, *, spec: Spec):
-    """`_ops.plan` in the view of `spec`."""
-    if not spec.is_global:
-        return _ops.plan(topk_idx, spec=spec)
-    return _run_global(
-        _ops.plan, spec, ("pair",), (*_PLAN, "row", "expert", "expert", "one"), topk_idx
-    )
+    """`_ops.plan_p` in the view of `spec`."""
+    return _run(_ops.plan_p, ("pair",), _PLANNED, (topk_idx,), spec=spec)
 
 
 def dispatch(values: dict, plan: Plan, *, spec: Spec, wire: Wire = _COPY, forward: bool):
-    """`_ops.dispatch` in the view of `spec`; values named tokens, scales, scalars, in this order.
+    """`_ops.dispatch_p` in the view of `spec`; values named tokens, scales, scalars, in this order.
 
     Returns rows named alike; with a quantising wire also scales.
     """
-    kinds = tuple(values)
-    op = functools.partial(_ops.dispatch, wire=wire, kinds=kinds, forward=forward)
-    with_scales = "scales" in kinds or wire.kind == "quantized"
-    names = ["tokens", *(["scales"] if with_scales else []), *(["scalars"] * ("scalars" in kinds))]
-    operands = (*values.values(), *plan.arrays())
-    if not spec.is_global:
-        rows = op(*operands, spec=spec)
-    else:
-        rows = _run_global(
-            op,
-            spec,
-            (*(_VALUES[kind] for kind in kinds), *_PLAN),
-            tuple("row" if name == "scalars" else f"row_{_VALUES[name]}" for name in names),
-            *operands,
-            in_blocks=with_scales or wire.kind != "copy",
-        )
+    names = _row_names(values, wire)
+    results = (*names.values(),)
+    rows = _exchange(
+        *(_ops.dispatch_p, values, plan, results), spec=spec, wire=wire, forward=forward
+    )
     return dict(zip(names, rows, strict=True))
 
 
-def combine(values: dict, plan: Plan, *, spec: Spec):
-    """`_ops.combine` in the view of `spec`; values named rows, weights, scalars, in this order.
+def slot_dispatch(values: dict, topk_idx, *, spec: Spec, wire: Wire, ticket=None):
+    """`_ops.slot_dispatch_p` in the view of `spec`, or with a ticket `_ops.dispatch_done_p`.
 
-    Returns tokens named "rows" and scalars of pairs named "scalars", as far as given.
+    Returns rows by name as `dispatch` does, and the results of `plan`.
     """
-    kinds = tuple(values)
-    op = functools.partial(_ops.combine, kinds=kinds)
-    operands = (*values.values(), *plan.arrays())
-    names = [kind for kind in kinds if kind != "weights"]
+    names = _row_names(values, wire)
+    results = (*names.values(), *_PLANNED)
+    prim = _ops.slot_dispatch_p if ticket is None else _ops.dispatch_done_p
+    got = _exchange(prim, values, topk_idx, results, spec=spec, wire=wire, ticket=ticket)
+    return dict(zip(names, got, strict=False)), got[len(names) :]
+
+
+def dispatch_start(values: dict, topk_idx, *, spec: Spec, wire: Wire):
+    """The ticket with which `slot_dispatch` finishes what this begins."""
+    return _exchange(_ops.dispatch_start_p, values, topk_idx, ("one",), spec=spec, wire=wire)[0]
+
+
+def combine(values: dict, plan: Plan, *, spec: Spec, wire: Wire = _COPY, ticket=None):
+    """`_ops.combine_p` in the view of `spec`, or with a ticket `_ops.combine_done_p`.
+
+    Values named rows, weights, scalars, in this order. Returns tokens named "rows" and scalars of
+    pairs named "scalars", as far as given.
+    """
+    sums = {"rows": "hidden", "scalars": "scalar"}
+    names = [kind for kind in values if kind in sums]
+    results = tuple(sums[name] for name in names)
+    prim = _ops.combine_p if ticket is None else _ops.combine_done_p
+    got = _exchange(prim, values, plan, results, spec=spec, wire=wire, ticket=ticket)
+    return dict(zip(names, got, strict=True))
+
+
+def combine_start(values: dict, plan: Plan, *, spec: Spec, wire: Wire):
+    """The ticket with which `combine` finishes what this begins."""
+    return _exchange(_ops.combine_start_p, values, plan, ("one",), spec=spec, wire=wire)[0]
+
+
+def _row_names(values: dict, wire: Wire) -> dict[str, str]:
+    """Names of the rows that dispatch delivers, and their dimensions."""
+    names = {"tokens": "row_hidden"}
+    if "scales" in values or wire.kind == "quantized":
+        names["scales"] = "row_scale"
+    if "scalars" in values:
+        names["scalars"] = "row"
+    return names
+
+
+def _exchange(prim, values: dict, routing, results, *, spec, wire: Wire, ticket=None, **params):
+    """Run a primitive on the ticket, if any, the values, and a plan or the `topk_idx` of one."""
+    of_values = _VALUES if "tokens" in values else _ROWS
+    maps = routing.arrays() if isinstance(routing, Plan) else (routing,)
+    tickets = () if ticket is None else (ticket,)
+    return _run(
+        prim,
+        (
+            *("one" for _ in tickets),
+            *(of_values[name] for name in values),
+            *(_PLAN if isinstance(routing, Plan) else ("pair",)),
+        ),
+        results,
+        (*tickets, *values.values(), *maps),
+        spec=spec,
+        in_blocks="scales" in values or wire.kind != "copy",
+        whole_hidden=prim in _HALVES,
+        wire=wire,
+        kinds=tuple(values),
+        **params,
+    )
+
+
+def _run(
+    prim, of_operands, of_results, operands, *, spec, in_blocks=False, whole_hidden=False, **params
+):
+    """Results of a primitive in the view of `spec`; `of_...` name dimensions, see `_DIMENSIONS`."""
+    op = functools.partial(_ops.bind, prim, **params)
     if not spec.is_global:
-        results = op(*operands, spec=spec)
-    else:
-        gives = {"rows": "hidden", "scalars": "scalar"}
-        results = _run_global(
-            op,
-            spec,
-            (*(_ROWS[kind] for kind in kinds), *_PLAN),
-            tuple(gives[name] for name in names),
-            *operands,
-        )
-    return dict(zip(names, results, strict=True))
+        return op(*operands, spec=spec)
+    return _run_global(op, spec, of_operands, of_results, operands, in_blocks, whole_hidden)
 
 
 # The dimensions of each kind of array in the sharding rule. Only g (the rank) and the hidden size
@@ -102,10 +147,11 @@ _FLAT = ("pair", "scalar", "hidden", "scale")
 _HIDDEN = ("hidden", "scale", "row_hidden", "row_scale")
 
 
-def _run_global(op, spec: Spec, kinds, result_kinds, *operands, in_blocks: bool = False):
+def _run_global(op, spec: Spec, kinds, result_kinds, operands, in_blocks: bool, whole_hidden: bool):
     """Run one rank's `op` on every rank's block of global operands.
 
     `in_blocks`: the op takes H in blocks of `SCALE_BLOCK` channels, so no shard may cut one.
+    `whole_hidden`: H may not be sharded on Auto axes, as two halves of one operation must agree.
     """
     mesh = _jax_compat.context_mesh()
     on_rank = functools.partial(op, spec=dataclasses.replace(spec, groups=None, mesh_axes=()))
@@ -132,16 +178,17 @@ def _run_global(op, spec: Spec, kinds, result_kinds, *operands, in_blocks: bool 
 
     def partition(_, operand_types, result_types):
         del result_types
-        hidden = _hidden_axes(kinds, operand_types, spec.mesh_axes, in_blocks)
+        hidden = ()
+        if not whole_hidden:
+            hidden = _hidden_axes(kinds, operand_types, spec.mesh_axes, in_blocks)
         shardings = (
             tuple(NamedSharding(mesh, s) for s in specs(of, hidden)) for of in (result_kinds, kinds)
         )
         return mesh, block, *shardings
 
     partitioned = custom_partitioning(mapped)
-    partitioned.def_partition(
-        partition=partition, **_sharding_rule(spec, kinds, result_kinds, operands)
-    )
+    rule = _sharding_rule(spec, kinds, result_kinds, operands, whole_hidden)
+    partitioned.def_partition(partition=partition, **rule)
     return partitioned(*operands)
 
 
@@ -170,7 +217,7 @@ def _hidden_axes(kinds, types, mesh_axes, in_blocks) -> tuple[str, ...]:
     return ()
 
 
-def _sharding_rule(spec: Spec, kinds, result_kinds, operands) -> dict:
+def _sharding_rule(spec: Spec, kinds, result_kinds, operands, whole_hidden: bool) -> dict:
     """Arguments of `def_partition`: the rule as text, and the sizes inside compound factors."""
     with_scales = "scale" in kinds or "row_scale" in result_kinds
     hidden = [x.shape[-1] for x, kind in zip(operands, kinds, strict=True) if "hidden" in kind]
@@ -194,5 +241,5 @@ def _sharding_rule(spec: Spec, kinds, result_kinds, operands) -> dict:
     rule = " -> ".join(text)
     sizes = {minor: sizes[minor] for minor in "tpc" if f" {minor})" in rule}
     in_order = dict.fromkeys(factor for factor in rule if factor.isalpha())  # as Shardy numbers
-    whole = tuple(factor for factor in in_order if factor not in "ghs")
+    whole = tuple(f for f in in_order if f not in ("g" if whole_hidden else "ghs"))
     return dict(sharding_rule=rule, need_replication_factors=whole, **sizes)

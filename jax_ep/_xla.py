@@ -15,8 +15,8 @@ import functools
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import _jax_compat
-from ._types import Spec
+from . import _fp8, _jax_compat
+from ._types import Spec, Wire
 
 # Work is done in pieces, to keep temporaries in cache and small (docs/performance.md).
 _GATHERS = 4  # of dispatch, at most: all-gathers, each of some columns
@@ -177,7 +177,7 @@ def _by_columns(take, value: Array, spec: Spec) -> Array:
     return lax.fori_loop(0, -(-columns // size), piece, start)
 
 
-def combine(y: Array, weights: Array | None, token_rows: Array, *, spec: Spec) -> Array:
+def combine(y: Array, weights: Array | None, token_rows: Array, *, spec: Spec, wire: Wire) -> Array:
     """Rows `[rows, H]` to tokens `[T, H]`: partial sums here, then sums in rank order there.
 
     In blocks of every rank's tokens, so that the partials in flight stay small.
@@ -187,20 +187,45 @@ def combine(y: Array, weights: Array | None, token_rows: Array, *, spec: Spec) -
         return jnp.zeros_like(y, shape=(T, H))
     size = min(T, max(-(-T // _BLOCKS), _BLOCK_BYTES // (4 * R * H)))
     by_source = token_rows.reshape(R, T, -1)
+    zero = _opaque_zero(token_rows)
 
     def block(b, out):
         first = jnp.minimum(b * size, T - size)  # the last block may repeat some tokens
         asked = lax.dynamic_slice_in_dim(by_source, first, size, 1)
         partial = _partials(y, weights, asked.reshape(R * size, -1))
-        partials = lax.all_to_all(partial.reshape(R, size, H), spec.axis, 0, 0, tiled=True)
-        partials = _from_bits(partials, y.dtype)
-        total = partials[0].astype(jnp.float32)
-        for r in range(1, R):
+        partials = _from_bits(partial.reshape(R, size, H), y.dtype)
+        partials = _exchange_partials(partials, zero, spec=spec, wire=wire)
+        # From 0, not from the first partial: negative zeros must not survive. XLA would drop a
+        # literal 0.
+        total = lax.bitcast_convert_type(zero, jnp.float32)
+        for r in range(R):
             total = total + partials[r].astype(jnp.float32)
         return lax.dynamic_update_slice_in_dim(out, _bits(total.astype(y.dtype)), first, 0)
 
     out = lax.fori_loop(0, -(-T // size), block, _bits(_zeros(y, (T, H), y.dtype)))
     return _from_bits(out, y.dtype)
+
+
+def _exchange_partials(partials: Array, zero: Array, *, spec: Spec, wire: Wire) -> Array:
+    """Partials for each rank `[R, T, H]` to those from each rank.
+
+    A quantising wire takes e4m3, which come out as float32, and leaves the own partial as it is.
+    """
+    swap = functools.partial(
+        lax.all_to_all, axis_name=spec.axis, split_axis=0, concat_axis=0, tiled=True
+    )
+    if wire.kind == "copy":
+        return _from_bits(swap(_bits(partials)), partials.dtype)
+    q, scales = _fp8.quantize(partials, wire.scale_format)
+    q = _from_bits(swap(lax.bitcast_convert_type(q, jnp.uint8)), q.dtype)
+    arrived = _rounded(_fp8.dequantize(q, swap(scales), jnp.float32), zero)
+    own = lax.axis_index(spec.axis) == jnp.arange(spec.num_ranks)[:, None, None]
+    return jnp.where(own, partials.astype(jnp.float32), arrived)
+
+
+def _opaque_zero(index: Array) -> Array:
+    """0 as int32, though the compiler cannot know; `index` is at least -1."""
+    return (index.max() + 1) >> 31
 
 
 def _partials(y: Array, weights: Array | None, token_rows: Array) -> Array:
@@ -210,7 +235,7 @@ def _partials(y: Array, weights: Array | None, token_rows: Array) -> Array:
     """
     N, H = token_rows.shape[0], y.shape[1]
     size = min(N, max(8, _CHUNK_BYTES // (4 * H)))
-    zero = (token_rows.max() + 1) >> 31  # always 0, but the compiler cannot know
+    zero = _opaque_zero(token_rows)
     columns, values = token_rows.T, _bits(y)
 
     def chunk(c, partials):

@@ -155,12 +155,16 @@ def gather(values, index):
     return taken
 
 
-def combine(y, p: Plan, weights=None, *, ranks_per_node=None):
+def combine(
+    y, p: Plan, weights=None, *, ranks_per_node=None, wire_dtype=None, scale_format="float32"
+):
     """Rows `y [R, rows, H]` back to tokens `[R, T, H]`, each times its row's weight.
 
     Products are rounded to float32, then added in row order; each rank's partial is rounded to
-    `y.dtype`; partials are added in float32 in rank order and rounded once at the end. Between
-    nodes, a node's partials are added first and their sum rounded, then nodes in order.
+    `y.dtype`; partials are added in float32 in rank order and rounded once at the end. With a
+    `wire_dtype` the partial of another rank is quantised and counts as the float32 product of value
+    and scale. Between nodes, a node's partials are added first and their sum rounded, then nodes in
+    order.
     """
     R, T, _ = p.pair_rank.shape
     per_node = ranks_per_node or R
@@ -174,6 +178,11 @@ def combine(y, p: Plan, weights=None, *, ranks_per_node=None):
                 if weights is not None:
                     value = weights[r, row].astype(_F32) * value
                 partial[tuple(p.row_pair[r, row, :2])] += value
-            node_sum += partial.astype(y.dtype).astype(_F32)
+            partial = partial.astype(y.dtype)
+            arrived = partial.astype(_F32)
+            if wire_dtype is not None:
+                arrived = dequantize(*quantize(partial, scale_format), _F32)
+                arrived[r] = partial[r]  # the own tokens' stays here
+            node_sum += arrived
         total += node_sum if per_node == R else node_sum.astype(y.dtype).astype(_F32)
     return total.astype(y.dtype)

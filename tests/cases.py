@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jax_ep
 
 FP8 = jnp.float8_e4m3fn
+DIRECT = jax_ep.Config(decode_tokens=0)  # every batch is too large for the slots
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
 
 
@@ -43,8 +44,17 @@ def put(array, mesh, spec):
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def run(x, idx, weights, *, mesh=None, **options):
-    """`(Dispatched, combined)` of the implementation."""
+def run(x, idx, weights, **options):
+    """`(Dispatched, combined)` of the implementation; options as in `program`."""
+    f, args = program(x, idx, weights, **options)
+    return f(*args)
+
+
+def program(x, idx, weights, *, mesh=None, halves=False, combine=None, **options):
+    """A jitted function that gives `(Dispatched, combined)`, and its arguments.
+
+    `halves`: each operation as its start and its done. `combine`: keywords of `combine`.
+    """
     R = idx.shape[0]
     mesh = mesh or make_mesh((R,))
     spec = P(options.get("axis_name", "expert"))
@@ -52,19 +62,26 @@ def run(x, idx, weights, *, mesh=None, **options):
     args = jax.tree.map(lambda array: put(flat(array), mesh, spec), args)
 
     def body(x, idx, weights=None):
-        d = jax_ep.dispatch(x, idx, weights, **options)
+        if halves:
+            d = jax_ep.dispatch_done(jax_ep.dispatch_start(x, idx, weights, **options))
+        else:
+            d = jax_ep.dispatch(x, idx, weights, **options)
         y = d.tokens if d.scales is None else d.tokens.astype(jnp.float32)
-        return d, jax_ep.combine(y, d.handle, weights=d.weights)
+        rows = (y, d.handle, d.weights)
+        if halves:
+            return d, jax_ep.combine_done(jax_ep.combine_start(*rows, **(combine or {})))
+        return d, jax_ep.combine(*rows, **(combine or {}))
 
     mapped = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec)
-    return jax.jit(mapped)(*args)
+    return jax.jit(mapped), args
 
 
-def reference(x, idx, weights, **options):
-    """The same by `jax_ep.reference`."""
+def reference(x, idx, weights, *, config=None, combine=None, **options):
+    """The same by `jax_ep.reference`, where a `config` changes nothing."""
+    del config
     d = jax_ep.reference.dispatch(x, idx, weights, **options)
     y = d.tokens if d.scales is None else d.tokens.astype(np.float32)
-    return d, jax_ep.reference.combine(y, d.plan, d.weights)
+    return d, jax_ep.reference.combine(y, d.plan, d.weights, **(combine or {}))
 
 
 def assert_same_bits(name, got, want, compared=None):

@@ -101,11 +101,16 @@ def test_quantized_input(error, message, scales):
         (TypeError, "handle: expected a jax_ep handle, got Dispatched", lambda d: (d.tokens, d)),
         (ValueError, r"weights: expected shape \(32,\), got \(16,\)", lambda d: (d.tokens, d.handle, jnp.zeros(16))),
         (TypeError, "weights: expected dtype float32, got bfloat16", lambda d: (d.tokens, d.handle, jnp.zeros(32, jnp.bfloat16))),
+        (ValueError, "y: expected a hidden size that is a multiple of 128 for fp8, got 64", lambda d: (d.tokens[:, :64], d.handle, dict(wire_dtype=jnp.float8_e4m3fn))),
+        (ValueError, "wire_dtype: expected None or float8_e4m3fn, got bfloat16", lambda d: (d.tokens, d.handle, dict(wire_dtype=jnp.bfloat16))),
+        (ValueError, r"scale_format: expected one of \['float32', 'e8m0'\], got 'int'", lambda d: (d.tokens, d.handle, dict(scale_format="int"))),
     ],
 )  # fmt: skip
-def test_combine(error, message, change):
+@pytest.mark.parametrize("combine", [jax_ep.combine, jax_ep.combine_start])
+def test_combine(error, message, change, combine):
     def f(x, idx):
-        return jax_ep.combine(*change(jax_ep.dispatch(x, idx, num_experts=16)))
+        *args, last = change(jax_ep.dispatch(x, idx, num_experts=16))
+        return combine(*args, **last) if isinstance(last, dict) else combine(*args, last)
 
     with pytest.raises(error, match=message):
         trace(f, X, IDX)
@@ -165,9 +170,38 @@ def test_initialize():
         jax_ep.initialize(mesh, "model")
     with pytest.raises(ValueError, match="timeout_s: expected a positive number of seconds, got 0"):
         jax_ep.initialize(mesh, timeout_s=0)
+    with pytest.raises(TypeError, match="config: expected a jax_ep.Config or None, got int"):
+        jax_ep.initialize(mesh, config=128)
+
+
+def test_slots_of_another_size():
+    """They belong to the devices of a group, whatever its axes are called."""
+    config = jax_ep.Config(decode_tokens=256)
+    mesh = make_mesh()
+    with pytest.raises(
+        ValueError, match=r"expected .* \(128, 16384\), got \(256, 16384\).*finalize"
+    ):
+        jax_ep.initialize(mesh, config=config)
+    jax_ep.finalize()
+    jax_ep.initialize(mesh, config=config)
+    jax_ep.initialize(mesh)  # as it is
+    other = jax.sharding.Mesh(mesh.devices, ("rank",))
+    jax_ep.initialize(other, "rank")
+    with pytest.raises(ValueError, match=r"expected .* \(256, 16384\), got \(128, 16384\)"):
+        jax_ep.initialize(other, "rank", config=jax_ep.Config())
+    jax_ep.finalize()
 
 
 @pytest.mark.parametrize("num_sms", [0, -1, 1.5, True])
 def test_config(num_sms):
     with pytest.raises(ValueError, match="Config.num_sms: expected None or a positive int"):
         jax_ep.Config(num_sms=num_sms)
+
+
+@pytest.mark.parametrize("name", ["decode_tokens", "decode_row_bytes"])
+@pytest.mark.parametrize("value", [-1, 1.5, True, None])
+def test_config_of_slots(name, value):
+    with pytest.raises(
+        ValueError, match=f"Config.{name}: expected a non-negative int, got {value}"
+    ):
+        jax_ep.Config(**{name: value})

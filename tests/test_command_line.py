@@ -33,6 +33,7 @@ def test_info():
     assert facts["build"]["extension"] == bool(shutil.which("c++")), facts["missing"]
     if facts["build"]["extension"]:
         assert facts["build"]["version"] == jax_ep.__version__
+    assert facts["small_batches"][0].startswith("slots up to 128 tokens per rank")
     if facts["build"]["extension"] and shutil.which("nvcc"):
         assert facts["implementations"] == ["cuda", "xla"]
         assert "bytes on each of" in text.stdout and "peer p: done[p][chunk]" in text.stdout

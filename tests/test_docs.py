@@ -8,6 +8,8 @@ import re
 
 import pytest
 
+import jax_ep
+
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BLOCK = re.compile(r"^```(\w+)?([^\n]*)\n(.*?)^```$", re.M | re.S)
@@ -26,7 +28,16 @@ def test_pages_are_found_and_run_something():
     assert {"quickstart", "concepts", "memory", "sharp_bits"} <= {p.stem for p in PAGES}
 
 
+@pytest.fixture
+def no_groups():
+    """A page is a program of its own."""
+    jax_ep.finalize()
+    yield
+    jax_ep.finalize()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+@pytest.mark.usefixtures("no_groups")
 def test_blocks_run_and_print_what_the_page_says(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     namespace, printed = {"__name__": page.stem}, None

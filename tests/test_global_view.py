@@ -7,7 +7,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from cases import FP8, assert_matches, assert_same_bits, flat, inputs, reference
+from cases import DIRECT, FP8, assert_matches, assert_same_bits, flat, inputs, reference
 from conftest import PORTABLE, fit, make_mesh, on_gpus, ranks
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -24,9 +24,9 @@ MESHES = [
 BOTH = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 
 
-def layer(x, idx, weights, **options):
+def layer(x, idx, weights, *, combine=None, **options):
     d = jax_ep.dispatch(x, idx, weights, num_experts=E, **options)
-    return d, jax_ep.combine(d.tokens, d.handle, weights=d.weights)
+    return d, jax_ep.combine(d.tokens, d.handle, weights=d.weights, **(combine or {}))
 
 
 def problem(shape, names, split, axis_type):
@@ -45,7 +45,9 @@ def problem(shape, names, split, axis_type):
 @BOTH
 @pytest.mark.parametrize("shape, names, split", MESHES, ids=str)
 @pytest.mark.parametrize(
-    "extra", [{}, dict(wire_dtype=FP8), dict(layout="batched", expert_alignment=2)], ids=str
+    "extra",
+    [{}, dict(wire_dtype=FP8), dict(layout="batched", expert_alignment=2, config=DIRECT)],
+    ids=["plain", "fp8", "batched-direct"],
 )
 def test_results_gradients_shardings(shape, names, split, axis_type, extra):
     mesh, sets, args, options = problem(shape, names, split, axis_type)
@@ -125,13 +127,14 @@ def test_fp8_and_hidden_shards(axis_type, hidden):
     with jax.set_mesh(mesh):
         on = jax.device_put(flat(x), NamedSharding(mesh, P("expert", "tensor")))
         rest = [jax.device_put(flat(a), NamedSharding(mesh, P("expert"))) for a in (idx, weights)]
-        f = jax.jit(lambda *a: layer(*a, wire_dtype=FP8))
+        options = dict(wire_dtype=FP8, combine=dict(wire_dtype=FP8))
+        f = jax.jit(lambda *a: layer(*a, **options))
         if hidden < 128 * mesh.shape["tensor"] and axis_type == AxisType.Explicit:
             with pytest.raises(ValueError, match="shards of H in multiples of 128 .* split 2 ways"):
                 f(on, *rest)
             return
         got = f(on, *rest)
-    assert_matches(got, reference(x, idx, weights, num_experts=E, wire_dtype=FP8))
+    assert_matches(got, reference(x, idx, weights, num_experts=E, **options))
 
 
 @pytest.mark.parametrize(

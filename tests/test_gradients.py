@@ -126,10 +126,10 @@ def test_dropped_pairs_get_zero():
 def test_fp8_wire_is_straight_through():
     x, idx, weights = inputs(14, R=ranks(4), T=T, H=128, K=K, E=E)
 
-    def loss(x, weights, idx, **options):
+    def loss(x, weights, idx, **wire):
         def body(x, weights, idx):
-            d = jax_ep.dispatch(x, idx, weights, num_experts=E, **options)
-            return jax_ep.combine(d.tokens, d.handle, weights=d.weights)
+            d = jax_ep.dispatch(x, idx, weights, num_experts=E, **wire)
+            return jax_ep.combine(d.tokens, d.handle, weights=d.weights, **wire)
 
         mapped = jax.shard_map(
             body, mesh=make_mesh((ranks(4),)), in_specs=P("expert"), out_specs=P("expert")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random shapes, dtypes, routings and options: the implementation equals the reference in bits."""
 
-from cases import FP8, assert_matches, hidden, inputs, reference, run
+from cases import DIRECT, FP8, assert_matches, hidden, inputs, reference, run
 from conftest import PORTABLE, devices
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -16,7 +16,7 @@ SLOW = dict(
 
 @st.composite
 def problems(draw):
-    """Arguments of `inputs`, and options of `dispatch`."""
+    """Arguments of `inputs`, options, what must not change a bit, whether there are weights."""
     R = draw(st.sampled_from([R for R in (1, 2, 4, 8) if len(devices()) >= R]))
     local = draw(st.integers(1, 5))
     K, T = draw(st.integers(1, 6)), draw(st.integers(0, 12))
@@ -48,15 +48,19 @@ def problems(draw):
             deliver=fp8,
             scale_format=draw(st.sampled_from(["float32", "e8m0"])),
         )
-    return problem, options, draw(st.booleans())
+    if H % 128 == 0 and draw(st.booleans()):
+        scale_format = draw(st.sampled_from(["float32", "e8m0"]))
+        options["combine"] = dict(wire_dtype=FP8, scale_format=scale_format)
+    how = draw(st.sampled_from([{}, dict(config=DIRECT), dict(halves=True)]))
+    return problem, options, how, draw(st.booleans())
 
 
 @settings(max_examples=60, **SLOW)
 @given(problems())
 def test_equals_reference_bit_for_bit(problem):
-    sizes, options, weighted = problem
+    sizes, options, how, weighted = problem
     x, idx, weights = inputs(**sizes)
     weights = weights if weighted else None
-    got = run(x, idx, weights, **options)
+    got = run(x, idx, weights, **options, **how)
     want = reference(x, idx, weights, **options)
     assert_matches(got, want, layout=options["layout"])

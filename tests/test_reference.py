@@ -82,6 +82,43 @@ def test_fp8_scales():
     assert power.item() == 2
 
 
+@pytest.mark.parametrize("scale_format, subnormal", [("float32", 1), ("e8m0", 2)])
+@pytest.mark.parametrize("dtype, half_step", [(ml_dtypes.bfloat16, 2**-8), (np.float32, 2**-24)])
+def test_fp8_combine_is_within_the_stated_error(scale_format, subnormal, dtype, half_step):
+    """Of a peer's partial p: 2^-4 |p|, or 2^-10/448 of the block's largest where p is tiny."""
+    R, T, K, H = 4, 16, 3, 256
+    rng = np.random.default_rng(1)
+    idx = rng.integers(0, 8, (R, T, K))
+    plan = reference.plan(idx, num_experts=8)
+    y = rng.standard_normal((R, plan.row_pair.shape[1], H)) * 2.0 ** rng.integers(-12, 4, H)
+    y = y.astype(dtype)
+    weights = rng.standard_normal(y.shape[:2]).astype(np.float32)
+    out = reference.combine(y, plan, weights, wire_dtype="e4m3", scale_format=scale_format)
+    partial = np.zeros((R, R, T, H))  # [holder, source, T, H]
+    for r in range(R):
+        for row, (s, t, _) in enumerate(plan.row_pair[r]):
+            if s >= 0:
+                partial[r, s, t] += weights[r, row].astype(float) * y[r, row].astype(float)
+    largest = np.abs(partial).reshape(R, R, T, -1, 128).max(-1).repeat(128, -1)
+    wire = np.maximum(2**-4 * np.abs(partial), subnormal * 2**-10 / 448 * largest)
+    wire[np.arange(R), np.arange(R)] = 0
+    bound = wire.sum(0) + 2 * half_step * (np.abs(partial).sum(0) + wire.sum(0))
+    error = np.abs(out.astype(float) - partial.sum(0))
+    assert (error <= bound * (1 + 2**-8) + 1e-6).all()
+    assert (error > 0.4 * bound).any()  # it is reached, nearly
+
+
+def test_fp8_combine_keeps_what_stays_at_home():
+    idx = np.array([[[0, 2], [1, 1]], [[3, -1], [-1, -1]]])
+    plan = reference.plan(idx, num_experts=4)
+    rng = np.random.default_rng(2)
+    y = rng.standard_normal((2, plan.row_pair.shape[1], 128)).astype(np.float32)
+    exact, fp8 = reference.combine(y, plan), reference.combine(y, plan, wire_dtype="e4m3")
+    assert (fp8[0, 0] != exact[0, 0]).any()  # one of its experts is on rank 1
+    np.testing.assert_array_equal(fp8[0, 1], exact[0, 1])
+    np.testing.assert_array_equal(fp8[1], exact[1])
+
+
 def test_num_rows_formula():
     assert num_rows(4096, 8, num_experts=256, num_ranks=2) == 65536
     assert (

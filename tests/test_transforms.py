@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import assert_close, assert_matches, assert_same_bits, flat, inputs, reference
+from cases import DIRECT, assert_close, assert_matches, assert_same_bits, flat, inputs, reference
 from conftest import PORTABLE, fit, make_mesh, ranks
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
@@ -17,7 +17,7 @@ import jax_ep
 
 pytestmark = PORTABLE
 E, SIZES = 16, dict(T=6, H=8, K=3, E=16)
-CUDA_CALLS = "jax_ep_plan", "jax_ep_dispatch", "jax_ep_combine"
+CUDA_CALLS = [f"jax_ep_{name}" for name in ("plan", "dispatch", "combine", "slot_dispatch", "slot_combine")]  # fmt: skip
 
 
 def layer(x, idx, weights, **options):
@@ -73,25 +73,33 @@ def equations(jaxpr, counts=None):
 
 
 @pytest.mark.parametrize(
-    "policy, want",
+    "config, names, want",
     [
-        (None, dict(jax_ep_plan=2, jax_ep_dispatch=3, jax_ep_combine=2)),
-        ("names", dict(jax_ep_plan=1, jax_ep_dispatch=2, jax_ep_combine=2)),
+        (DIRECT, (), dict(jax_ep_plan=2, jax_ep_dispatch=3, jax_ep_combine=2)),
+        (DIRECT, jax_ep.REMAT_NAMES, dict(jax_ep_plan=1, jax_ep_dispatch=2, jax_ep_combine=2)),
+        (None, (), dict(jax_ep_slot_dispatch=2, jax_ep_dispatch=1, jax_ep_combine=2)),
+        (None, jax_ep.REMAT_NAMES, dict(jax_ep_slot_dispatch=1, jax_ep_dispatch=1, jax_ep_combine=2)),
     ],
-)
-def test_checkpoint_counts_operations(data, policy, want):
+)  # fmt: skip
+def test_checkpoint_counts_operations(data, config, names, want):
     args, _ = data
-    policy = policy and jax.checkpoint_policies.save_only_these_names(*jax_ep.REMAT_NAMES)
-    f = mapped(jax.checkpoint(layer, policy=policy))
-
-    def loss(x, weights):
-        return (f(x, args[1], weights) ** 2).sum()
-
-    grad = jax.grad(loss, (0, 1))
+    grad = grad_of_checkpointed(args, config, names)
     assert equations(jax.make_jaxpr(grad)(args[0], args[2]).jaxpr) == want
+
+
+def grad_of_checkpointed(args, config, names):
+    policy = jax.checkpoint_policies.save_only_these_names(*names) if names else None
+    f = mapped(jax.checkpoint(functools.partial(layer, config=config), policy=policy))
+    return jax.grad(lambda x, w: (f(x, args[1], w) ** 2).sum(), (0, 1))
+
+
+def test_checkpoint_gives_the_same_gradient(data):
+    args, _ = data
     plain = jax.grad(lambda x, w: (mapped(layer)(x, args[1], w) ** 2).sum(), (0, 1))
-    for a, b in zip(jax.jit(grad)(args[0], args[2]), jax.jit(plain)(args[0], args[2]), strict=True):
-        assert_close(a, b, rtol=1e-6)
+    want = jax.jit(plain)(args[0], args[2])
+    for config, names in ((DIRECT, ()), (None, jax_ep.REMAT_NAMES)):
+        got = jax.jit(grad_of_checkpointed(args, config, names))(args[0], args[2])
+        jax.tree.map(lambda a, b: assert_close(a, b, rtol=1e-6), got, want)
 
 
 def test_scan_and_its_gradient(data):
@@ -194,9 +202,10 @@ def test_meshes(shape, names, group, axis_type):
     R = int(np.prod([mesh.shape[a] for a in axes]))
     sets = [inputs(30 + g, R=R, **SIZES) for g in range(groups)]
     args = [np.concatenate([flat(s[i]) for s in sets]) for i in range(3)]
+    config = DIRECT if axis_type == AxisType.Explicit else None  # each path on every mesh
 
     def body(x, idx, weights):
-        d = jax_ep.dispatch(x, idx, weights, num_experts=E, axis_name=group)
+        d = jax_ep.dispatch(x, idx, weights, num_experts=E, axis_name=group, config=config)
         return d, jax_ep.combine(d.tokens, d.handle, weights=d.weights)
 
     with jax.set_mesh(mesh):

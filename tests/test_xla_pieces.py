@@ -29,7 +29,7 @@ def small_pieces(monkeypatch):
     [
         (300, {}),
         (300, dict(layout="batched", capacity=40)),
-        (384, dict(wire_dtype=FP8, deliver="quantized")),
+        (384, dict(wire_dtype=FP8, deliver="quantized", combine=dict(wire_dtype=FP8))),
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ import os
 import jax
 import numpy as np
 import pytest
-from cases import FP8, assert_matches, assert_same_bits, flat, inputs, put, reference, run
+from cases import DIRECT, FP8, assert_matches, assert_same_bits, flat, inputs, put, reference, run
 from conftest import PORTABLE, devices, make_mesh
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
@@ -51,7 +51,7 @@ def test_every_process_takes_part():
     "view, dtype, options",
     [
         (LOCAL, "bfloat16", dict(wire_dtype=FP8)),
-        (LOCAL, "float32", dict(capacity=20, expert_alignment=4)),
+        (LOCAL, "float32", dict(capacity=20, expert_alignment=4, config=DIRECT)),
         (AUTO, "bfloat16", dict(wire_dtype=FP8)),
         (EXPLICIT, "bfloat16", dict(capacity=20, expert_alignment=4)),
     ],
@@ -97,19 +97,29 @@ def test_every_operation(view, dtype, options):
 
 
 @pytest.mark.parametrize(
-    "dtype, options",
+    "dtype, options, combine, how",
     [
-        ("bfloat16", dict(wire_dtype=FP8, deliver="quantized", scale_format="e8m0")),
-        ("float16", dict(capacity=12, layout="batched", wire_dtype=FP8)),
+        (
+            "bfloat16",
+            dict(wire_dtype=FP8, deliver="quantized", scale_format="e8m0"),
+            dict(wire_dtype=FP8),
+            dict(halves=True),
+        ),
+        (
+            "float16",
+            dict(capacity=12, layout="batched", wire_dtype=FP8, scale_format="e8m0"),
+            dict(),
+            dict(config=DIRECT),
+        ),
     ],
-    ids=str,
+    ids=["halves", "direct"],
 )
-def test_formats(dtype, options):
+def test_formats(dtype, options, combine, how):
     x, idx, weights = inputs(62, dtype=dtype, **sizes(skew=0.5))
-    options = options | dict(num_experts=E)
+    options = options | dict(num_experts=E, combine=combine)
     if "capacity" in options:  # a row for each expert at least
         options["capacity"] = max(options["capacity"], E // len(devices()))
-    got, want = (f(x, idx, weights, **options) for f in (run, reference))
+    got, want = run(x, idx, weights, **options, **how), reference(x, idx, weights, **options)
     assert_matches(got, want, layout=options.get("layout", "ragged"))
 
 
