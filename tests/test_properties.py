@@ -48,14 +48,16 @@ def problems(draw):
             deliver=fp8,
             scale_format=draw(st.sampled_from(["float32", "e8m0"])),
         )
-    if H % 128 == 0 and draw(st.booleans()):
+    how = draw(st.sampled_from([{}, dict(config=DIRECT), dict(halves=True)]))
+    if (
+        H % 128 == 0 and "config" not in how and draw(st.booleans())
+    ):  # not for large batches on CUDA
         scale_format = draw(st.sampled_from(["float32", "e8m0"]))
         options["combine"] = dict(wire_dtype=FP8, scale_format=scale_format)
-    how = draw(st.sampled_from([{}, dict(config=DIRECT), dict(halves=True)]))
     return problem, options, how, draw(st.booleans())
 
 
-@settings(max_examples=60, **SLOW)
+@settings(max_examples=40, **SLOW)
 @given(problems())
 def test_equals_reference_bit_for_bit(problem):
     sizes, options, how, weighted = problem

@@ -64,14 +64,10 @@ struct RankSet {
   __device__ bool has(int rank) const { return (rank < 32 ? low : high) >> (rank % 32) & 1; }
 };
 
-// What `source` has sent to rank `rank`, at this rank's address for it.
+// What one rank has sent to another.
 class Inbox {
  public:
-  __device__ Inbox(const Peers& peers, int rank, SlotKind kind, int parity, int source)
-      : at_(peers.slots) {
-    const size_t index = (static_cast<int>(kind) * 2 + parity) * peers.num_ranks + source;
-    base_ = peers.control[rank] + peers.at.total + index * at_.total;
-  }
+  __device__ Inbox(const SlotLayout& at, char* base) : at_(at), base_(base) {}
   __device__ uint64_t* hello() const { return reinterpret_cast<uint64_t*>(base_); }
   __device__ uint64_t* flag(int token) const {
     return reinterpret_cast<uint64_t*>(base_ + at_.flags) + token;
@@ -79,7 +75,9 @@ class Inbox {
   __device__ uint64_t* words(int token) const {
     return reinterpret_cast<uint64_t*>(base_ + at_.words) + token * kSlotWords;
   }
-  __device__ char* slot(int token) const { return base_ + at_.rows + token * at_.stride; }
+  __device__ char* slot(int token) const {
+    return base_ + (at_.rows + static_cast<uint32_t>(token) * at_.stride);
+  }
 
  private:
   const SlotLayout& at_;
@@ -106,7 +104,9 @@ class SlotOp {
       : op(call, [&] { read_turn(call, kind, half, ticket); }), kind_(kind), half_(half) {
     started_ = turn().started + (half == Half::kDone ? 0 : 1);
     tag = make_tag(turn().generation, started_, call.signature);
-    parity_ = static_cast<int>(started_ & 1);
+    const Peers& peers = call.peers;
+    first_ = peers.at.total + (static_cast<int>(kind) * 2 + static_cast<int>(started_ & 1)) * op.R *
+                                  peers.slots.total;
   }
 
   __device__ bool pushes() const { return half_ != Half::kDone; }
@@ -125,21 +125,25 @@ class SlotOp {
 
   // What this rank has sent to `rank`, and what `source` has sent here.
   __device__ Inbox outbox(int rank) const {
-    return Inbox(op.call.peers, rank, kind_, parity_, op.me);
+    const Peers& peers = op.call.peers;
+    return Inbox(peers.slots, peers.control[rank] + first_ + op.me * peers.slots.total);
   }
   __device__ Inbox inbox(int source) const {
-    return Inbox(op.call.peers, op.me, kind_, parity_, source);
+    const Peers& peers = op.call.peers;
+    return Inbox(peers.slots, peers.control[op.me] + first_ + source * peers.slots.total);
   }
 
   // By one warp: greet all peers, and await their greetings (false: give up). A greeting says
   // which operation the peer runs, and that it has done with the slots of the last but one.
   __device__ void greet() const {
+#pragma unroll 1
     for (int r = lane_id(); r < op.R; r += 32) {
       if (r != op.me) store_relaxed(outbox(r).hello(), tag);
     }
   }
   __device__ bool await_hellos() const {
     bool same = true;
+#pragma unroll 1
     for (int r = lane_id(); r < op.R; r += 32) {
       if (r != op.me) same &= await(inbox(r).hello(), r, Phase::kReady);
     }
@@ -197,7 +201,7 @@ class SlotOp {
   SlotKind kind_;
   Half half_;
   uint64_t started_;
-  int parity_;
+  size_t first_;  // of this kind and parity, from the control block on
 };
 
 }  // namespace jax_ep

@@ -142,6 +142,7 @@ __device__ Pack<T> partial_of(const SlotCombineParams& p, const Rows& rows, int 
                               int row_bytes) {
   Sum<T> sum;
   const int count = rows.count[n];
+#pragma unroll 1
   for (int base = 0; base < count; base += kInFlight) {
     Vec v[kInFlight];
 #pragma unroll
@@ -173,6 +174,7 @@ __device__ void push_group(const SlotCombineParams& p, const SlotOp& s, const Sh
   const int row_bytes = p.hidden * int(sizeof(T)), vecs = row_bytes / int(sizeof(Vec));
   const SlotRow lie = slot_row<T>(p);
   const int padded = (vecs + 31) / 32 * 32;
+#pragma unroll 1
   for (int i = threadIdx.x; i < count * padded; i += kDataThreads) {
     const int n = i / padded, vec = i - n * padded;
     if (rows.count[n] == 0) continue;
@@ -195,6 +197,7 @@ __device__ void push_group(const SlotCombineParams& p, const SlotOp& s, const Sh
 template <typename T>
 __device__ void push_partials(const SlotCombineParams& p, const SlotOp& s, const Share& share,
                               Found& found) {
+#pragma unroll 1
   for (int first = 0; first < share.peers; first += kGroup) {
     if (first > 0) {
       find(p, share, first, found);
@@ -208,6 +211,7 @@ __device__ void push_partials(const SlotCombineParams& p, const SlotOp& s, const
 // By the post warp: flags of the partials, once they are pushed.
 __device__ void post_partials(const SlotCombineParams& p, const SlotOp& s, const Share& share) {
   if (blockIdx.x == 0) s.greet();
+#pragma unroll 1
   for (int first = 0; first < share.peers; first += kGroup) {
     const int i = first + lane_id();
     const bool mine = lane_id() < kGroup && i < share.peers;
@@ -223,6 +227,7 @@ __device__ void post_partials(const SlotCombineParams& p, const SlotOp& s, const
 __device__ bool await_group(const SlotOp& s, const Share& share, int first, int count,
                             const Holders& holders) {
   bool there = true;
+#pragma unroll 1
   for (int i = threadIdx.x; i < count * share.R; i += kDataThreads) {
     const int n = i / share.R, r = i % share.R;
     if (r != share.me && holders.has(n, r)) {
@@ -239,6 +244,7 @@ __device__ Pack<T> sum_ranks(const SlotCombineParams& p, const SlotOp& s, const 
   using Word = typename Fp8<T>::Word;
   constexpr int kLanes = kScaleBlock / Pack<T>::kCount;
   Sum<T> sum;
+#pragma unroll 1
   for (int r = 0; r < s.op.R; ++r) {
     if (!holders.has(n, r)) continue;
     if (r == s.op.me) {
@@ -265,6 +271,7 @@ __device__ bool sum_group(const SlotCombineParams& p, const SlotOp& s, const Sha
   const int row_bytes = p.hidden * int(sizeof(T)), vecs = row_bytes / int(sizeof(Vec));
   const int all = count * vecs;
   const SlotRow lie = slot_row<T>(p);
+#pragma unroll 1
   for (int base = 0; base < all; base += kDataThreads) {  // the same for all threads
     const int i = base + threadIdx.x, n = i / vecs, vec = i - n * vecs;
     const Pack<T> own = i < all ? partial_of<T>(p, found.own, n, vec, row_bytes) : Pack<T>(Vec{});
@@ -283,6 +290,7 @@ template <typename T>
 __device__ void sum_tokens(const SlotCombineParams& p, const SlotOp& s, const Share& share,
                            Found& found) {
   const bool replaced = s.pushes() && share.peers > kGroup;
+#pragma unroll 1
   for (int first = 0; first < share.own; first += kGroup) {
     if (first > 0 || replaced) {
       data_sync();  // the last group's is in use until then

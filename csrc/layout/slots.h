@@ -28,7 +28,8 @@ constexpr size_t kSlotWords = 16;  // of routing, per token: two choices each
 
 // Offsets within what one source sends, in the order of memory; a slot has `stride` bytes.
 struct SlotLayout {
-  size_t flags, words, rows, stride, total;
+  uint32_t flags, words, rows, stride;
+  size_t total;
 };
 
 // The scales of a row are at most 1/32 of it, a token has at most 32 scalars.
@@ -36,7 +37,8 @@ constexpr SlotLayout slot_layout(const SlotSize& s) {
   const size_t flags = 128, words = flags + round_up(s.tokens * sizeof(uint64_t), 128);
   const size_t rows = words + s.tokens * kSlotWords * sizeof(uint64_t);
   const size_t stride = round_up(size_t(s.row_bytes) + s.row_bytes / 32 + 128, 128);
-  return {flags, words, rows, stride, rows + s.tokens * stride};
+  auto u32 = [](size_t v) { return static_cast<uint32_t>(v); };
+  return {u32(flags), u32(words), u32(rows), u32(stride), rows + s.tokens * stride};
 }
 
 // Of one rank.
