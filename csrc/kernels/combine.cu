@@ -114,24 +114,27 @@ cudaError_t launch(const CombineParams* params, const Launch& how) {
   int bytes;
   const cudaError_t error = ring_bytes(&bytes);
   if (error != cudaSuccess) return error;
-  if (how.all_ranks) {
+  if (how.all_ranks == 0) {
+    combine_kernel<T><<<how.num_sms, kCombineThreads, bytes, how.stream>>>(*params);
+  } else if constexpr (kAllRanks) {
     const dim3 grid(how.num_sms, how.all_ranks);
     combine_all_ranks<T><<<grid, kCombineThreads, bytes, how.stream>>>(params);
   } else {
-    combine_kernel<T><<<how.num_sms, kCombineThreads, bytes, how.stream>>>(*params);
+    return cudaErrorNotSupported;
   }
-  return cudaPeekAtLastError();
+  return cudaGetLastError();
 }
 
 template <typename T>
 cudaError_t load() {
   int bytes;
   cudaError_t error = ring_bytes(&bytes);
-  for (const void* kernel : {reinterpret_cast<const void*>(&combine_kernel<T>),
-                             reinterpret_cast<const void*>(&combine_all_ranks<T>)}) {
-    if (error != cudaSuccess) return error;
+  auto allow = [&](const void* kernel) {
+    if (error != cudaSuccess) return;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  }
+  };
+  allow(reinterpret_cast<const void*>(&combine_kernel<T>));
+  if constexpr (kAllRanks) allow(reinterpret_cast<const void*>(&combine_all_ranks<T>));
   return error;
 }
 

@@ -389,18 +389,22 @@ template <Wire W, typename T>
 cudaError_t launch(const DispatchParams* params, int hidden, const Launch& how) {
   const size_t shared =
       W == Wire::kDequantized ? kWarps * (hidden / kScaleBlock) * sizeof(float) : 0;
-  const void* kernel = how.all_ranks ? reinterpret_cast<const void*>(&dispatch_all_ranks<W, T>)
-                                     : reinterpret_cast<const void*>(&dispatch_kernel<W, T>);
+  const void* kernel = reinterpret_cast<const void*>(&dispatch_kernel<W, T>);
+  if constexpr (kAllRanks) {
+    if (how.all_ranks) kernel = reinterpret_cast<const void*>(&dispatch_all_ranks<W, T>);
+  }
   if (shared > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
     if (error != cudaSuccess) return cudaGetLastError();
   }
-  if (how.all_ranks) {
+  if (how.all_ranks == 0) {
+    dispatch_kernel<W, T><<<how.num_sms, kThreads, shared, how.stream>>>(*params);
+  } else if constexpr (kAllRanks) {
     dispatch_all_ranks<W, T>
         <<<dim3(how.num_sms, how.all_ranks), kThreads, shared, how.stream>>>(params);
   } else {
-    dispatch_kernel<W, T><<<how.num_sms, kThreads, shared, how.stream>>>(*params);
+    return cudaErrorNotSupported;
   }
   return cudaGetLastError();
 }

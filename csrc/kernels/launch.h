@@ -158,6 +158,13 @@ struct Launch {
   int all_ranks;  // 0, or the number of ranks
 };
 
+// Whether variants for `all_ranks` are compiled: they double the code.
+#ifdef JAX_EP_ALL_RANKS
+constexpr bool kAllRanks = true;
+#else
+constexpr bool kAllRanks = false;
+#endif
+
 // Load every variant on the current device: lazily, the first launch would wait for running
 // kernels.
 cudaError_t load_plan();

@@ -337,10 +337,12 @@ __global__ void __launch_bounds__(kSlotThreads, 1)
 template <typename T>
 cudaError_t launch(const SlotCombineParams* params, const Exchange& e, const Launch& how) {
   const int blocks = min_int(how.num_sms, max_int(e.num_ranks - 1, 1) * e.num_tokens);
-  if (how.all_ranks) {
+  if (how.all_ranks == 0) {
+    slot_combine_kernel<T><<<blocks, kSlotThreads, 0, how.stream>>>(*params);
+  } else if constexpr (kAllRanks) {
     slot_combine_all_ranks<T><<<dim3(blocks, how.all_ranks), kSlotThreads, 0, how.stream>>>(params);
   } else {
-    slot_combine_kernel<T><<<blocks, kSlotThreads, 0, how.stream>>>(*params);
+    return cudaErrorNotSupported;
   }
   return cudaGetLastError();
 }

@@ -403,11 +403,13 @@ cudaError_t launch(const SlotDispatchParams* params, const Exchange& e, const La
   const int blocks = min_int(how.num_sms, e.num_ranks * e.num_tokens);
   const PlanSizes sizes(e, blocks);
   const size_t shared = SlotShared::bytes(e);
-  if (how.all_ranks) {
+  if (how.all_ranks == 0) {
+    slot_dispatch_kernel<W, T><<<blocks, kSlotThreads, shared, how.stream>>>(*params, sizes);
+  } else if constexpr (kAllRanks) {
     slot_dispatch_all_ranks<W, T>
         <<<dim3(blocks, how.all_ranks), kSlotThreads, shared, how.stream>>>(params, sizes);
   } else {
-    slot_dispatch_kernel<W, T><<<blocks, kSlotThreads, shared, how.stream>>>(*params, sizes);
+    return cudaErrorNotSupported;
   }
   return cudaGetLastError();
 }
