@@ -409,6 +409,7 @@ ffi::Error slot_combine(cudaStream_t stream, const Attributes& a, int64_t phase,
   Element element{};
   if (!rows_of("y", buffers, how, false, &type, &H, &element, checker)) return checker.error();
   if (element == Element::kFp8) checker.fail("y: expected bf16, f16 or f32");
+  if (how == Wire::kDequantized) checker.fail("wire: expected 0 (copy) or 1 (quantized), got 2");
   p.exchange = x;
   p.half = half;
   p.hidden = static_cast<int>(H);
