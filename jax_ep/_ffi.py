@@ -88,6 +88,21 @@ def device_bus_id(device: int) -> str:
     return _ext.device_bus_id(device)
 
 
+def default_sms_numbers() -> tuple[float, float, float] | None:
+    """GB/s through memory of an SM in dispatch and in combine, and the factor for spare SMs."""
+    return getattr(_ext, "default_sms_numbers", None)
+
+
+def default_sms(speeds: tuple[int, float, float], num_ranks: int, top_k: int) -> dict[str, int]:
+    """SMs of dispatch and combine, 16-bit rows, on a GPU of `(SMs, GB/s of memory, of links)`."""
+    return _ext.default_sms(*speeds, num_ranks, top_k)
+
+
+def device_speeds(device: int) -> tuple[int, float, float]:
+    """SMs, and GB/s of memory and links, of a CUDA device; 0 where it does not say."""
+    return _ext.device_speeds(device)
+
+
 def finalize_groups() -> None:
     """Take all groups out of use."""
     if has_cuda():

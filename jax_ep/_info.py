@@ -9,7 +9,7 @@ from importlib import metadata
 
 import jax
 
-from . import _ffi, _slots
+from . import _ffi, _slots, _sms
 from ._types import Config
 
 
@@ -35,6 +35,7 @@ def facts() -> dict:
         "implementations": [*(["cuda"] if _ffi.has_cuda() else []), "xla"],
         "control_block": control_block(num_ranks=max(2, len(devices))),
         "small_batches": small_batches(Config(), num_ranks=max(2, len(devices))),
+        "default_sms": default_sms(devices),
         "groups": _ffi.describe_groups(),
         "missing": missing,
     }
@@ -61,6 +62,17 @@ def small_batches(config: Config, num_ranks: int) -> list[str]:
     sizes = config.decode_tokens, config.decode_row_bytes
     count = _ffi.slot_bytes(num_ranks, *sizes)
     return lines if count is None else [*lines, f"{count} bytes on each of {num_ranks} ranks"]
+
+
+def default_sms(devices: list) -> list[str]:
+    """SMs that operations take by default: the rule, then each kind of GPU here in one group."""
+    lines = _sms.rule()
+    gpus = [d for d in devices if d.platform == "gpu"] if _ffi.has_cuda() else []
+    local = {d.device_kind: d for d in gpus if d.process_index == jax.process_index()}
+    for kind, device in sorted(local.items()):
+        speeds = _ffi.device_speeds(device.local_hardware_id)
+        lines.append(_sms.of_gpu(kind, speeds, num_ranks=max(2, len(gpus)), top_k=8))
+    return lines
 
 
 def main(as_json: bool) -> int:

@@ -5,6 +5,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "../csrc/runtime/sms.h"
+
 #ifdef JAX_EP_CUDA
 #include "handlers.h"
 #include "registry.h"
@@ -28,6 +30,14 @@ nb::dict build_facts() {
   return facts;
 }
 
+nb::dict default_sms(int sms, double memory_gbs, double link_gbs, int num_ranks, int top_k) {
+  const jax_ep::Speeds gpu{sms, memory_gbs, link_gbs};
+  nb::dict of;
+  of["dispatch"] = jax_ep::default_sms(gpu, jax_ep::dispatch_demand(num_ranks, top_k, 2, 2, 2));
+  of["combine"] = jax_ep::default_sms(gpu, jax_ep::combine_demand(num_ranks, top_k, 2));
+  return of;
+}
+
 #ifdef JAX_EP_CUDA
 nb::list control_layout(int num_ranks) {
   jax_ep::Field fields[jax_ep::kControlFields];
@@ -45,6 +55,10 @@ nb::list control_layout(int num_ranks) {
 NB_MODULE(_ext, m) {
   m.doc() = "Compiled part of jax_ep.";
   m.def("build_facts", &build_facts, "Version, compiler and CUDA version of this build.");
+  m.def("default_sms", &default_sms,
+        "SMs of dispatch and combine, 16-bit rows, on a GPU of so many SMs and GB/s.");
+  m.attr("default_sms_numbers") =
+      nb::make_tuple(jax_ep::kDispatchGbsPerSm, jax_ep::kCombineGbsPerSm, jax_ep::kSpareSms);
 #ifdef JAX_EP_CUDA
   m.def(
       "handlers",
@@ -83,6 +97,13 @@ NB_MODULE(_ext, m) {
         return std::string(id);
       },
       "PCI bus id of a CUDA device: the same in every process.");
+  m.def(
+      "device_speeds",
+      [](int device) {
+        const jax_ep::Speeds gpu = jax_ep::speeds_of(device);
+        return nb::make_tuple(gpu.sms, gpu.memory_gbs, gpu.link_gbs);
+      },
+      "SMs, and GB/s of memory and links as the device says them, 0 where it does not.");
   m.def(
       "slot_bytes",
       [](int num_ranks, int tokens, int row_bytes) {

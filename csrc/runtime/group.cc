@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "group.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <set>
@@ -119,6 +120,7 @@ Group::Group(std::vector<int> devices, const SlotSize& slots)
       require(load_combine(), "loading the combine kernels");
       require(load_slot_dispatch(), "loading the dispatch kernels of small batches");
       require(load_slot_combine(), "loading the combine kernels of small batches");
+      speeds_[device] = speeds_of(device);
       control_[device].resize(R);
       pool_[device].resize(R);
     }
@@ -227,6 +229,14 @@ void Group::release() noexcept {
   control_.clear();
   if (records_ != nullptr) cudaFreeHost(records_);
   records_ = nullptr;
+}
+
+int Group::most_sms(int rank) const {
+  return std::max(1, speeds_.at(devices_[rank]).sms / ranks_per_device_);
+}
+
+int Group::default_sms(int rank, const Demand& of) const {
+  return std::min(jax_ep::default_sms(speeds_.at(devices_[rank]), of), most_sms(rank));
 }
 
 bool Group::locate(int rank, const void* pointer, Location* out) const {

@@ -10,6 +10,7 @@
 
 #include "../kernels/launch.h"
 #include "shared_memory.h"
+#include "speeds.h"
 
 namespace jax_ep {
 
@@ -43,6 +44,11 @@ class Group {
   int ranks_per_device() const { return ranks_per_device_; }
   bool spans_processes() const { return spans_processes_; }
 
+  // SMs that an operation of a rank here may take, and takes by default: ranks that share a GPU
+  // share them, as their kernels wait for each other.
+  int most_sms(int rank) const;
+  int default_sms(int rank, const Demand& of) const;
+
   // What rank r's kernels need to know of the group.
   const Peers& peers(int rank) const { return peers_[rank]; }
 
@@ -71,6 +77,7 @@ class Group {
   std::map<int, std::vector<char*>> control_;
   std::map<int, std::vector<char*>> pool_;  // alike, of the memory that XLA has for each rank
   std::vector<Range> own_pool_;             // [rank], of ranks here
+  std::map<int, Speeds> speeds_;            // [device of this process]
   FaultRecord* records_ = nullptr;          // [R], host memory that all devices map
   std::vector<Peers> peers_;
 };
