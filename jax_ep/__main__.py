@@ -5,6 +5,8 @@ import argparse
 import importlib.util
 import sys
 
+SMS = [8, 16, 24, 32, 48, 64, "all"]
+
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the command and run it; returns the exit status."""
@@ -27,7 +29,13 @@ def main(argv: list[str] | None = None) -> int:
         help="sizes to run (all but smoke)",
     )
     bench.add_argument(
-        "--sms", type=_positive(int), nargs="*", default=[48], help="also with so many SMs (48)"
+        "--sms",
+        type=_sms,
+        nargs="*",
+        default=[48],
+        metavar="N",
+        help="also with so many SMs (48), alone and beside products of matrices; without numbers "
+        f"{' '.join(map(str, SMS))}",
     )
     bench.add_argument(
         "--tokens", type=_positive(int), nargs="*", default=[], help="also with so many per rank"
@@ -36,13 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     bench.add_argument("--plot", metavar="FILE", help="a picture of time against SMs and tokens")
     args = parser.parse_args(argv)
     if args.command == "bench":
-        if args.plot and not args.sms and not args.tokens:
-            parser.error("--plot: expected some --sms or --tokens, got none")
         if args.plot and importlib.util.find_spec("matplotlib") is None:
             parser.error("--plot: expected matplotlib (pip install matplotlib), got none")
         from . import _bench
 
-        return _bench.main(args.workload, args.sms, args.tokens, args.json, args.plot)
+        return _bench.main(args.workload, args.sms or SMS, args.tokens, args.json, args.plot)
     if args.command == "demo":
         from . import _demo
 
@@ -61,6 +67,13 @@ def _positive(kind: type):
 
     parse.__name__ = f"positive {kind.__name__}"
     return parse
+
+
+def _sms(text: str) -> int | str:
+    return text if text == "all" else _positive(int)(text)
+
+
+_sms.__name__ = "positive int or all"
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import types
 
+import jax
 import numpy as np
 import pytest
 
-from jax_ep import __main__
-from jax_ep._bench import timing
+from jax_ep import __main__, _bench
+from jax_ep._bench import beside, timing
 from jax_ep._bench.work import WORKLOADS, Moved, Traffic, Workload, routing
 
 ROWS = """
@@ -34,6 +36,7 @@ dispatch bf16, batched, factor 1.25
 dispatch bf16, a rank late
 dispatch bf16, L2 cold
 dispatch bf16, 2 SMs
+dispatch bf16 beside GEMMs, 2 SMs
 dispatch bf16, xla
 dispatch bf16, T=8
 dispatch fp8, quantised, T=8
@@ -45,6 +48,7 @@ combine bf16, batched, factor 1.25
 combine bf16, a rank late
 combine bf16, L2 cold
 combine bf16, 2 SMs
+combine bf16 beside GEMMs, 2 SMs
 combine bf16, xla
 combine bf16, T=8
 lax.all_to_all of the K copies
@@ -105,12 +109,42 @@ def test_prefill_floor_is_the_one_of_the_documentation():
     assert 58.3e6 < moved.link < 58.8e6 and 580e6 < moved.memory < 600e6
 
 
+def test_products_cover_the_operation_or_end_before_it():
+    assert beside.counts(250.0, 400.0, 55.0) == (1, 2)
+    assert beside.counts(850.0, 400.0, 55.0) == (3, 9)
+    assert beside.counts(40.0, 400.0, 55.0) == (1, 0)
+    assert beside.counts(1e9, 400.0, 55.0) == (beside.MOST, beside.MOST)
+
+
+def test_shares_of_what_is_lost():
+    row = beside.shares(100.0, 200.0, 215.0, 130.0)
+    assert (row["hidden"], row["gemm_slower"], row["op_slower"]) == (0.85, 0.075, 0.3)
+    assert beside.shares(100.0, 200.0, 300.0) == dict(
+        alone_us=100.0, gemm_us=200.0, both_us=300.0, hidden=0.0, gemm_slower=0.5, op_slower=None
+    )
+
+
+@pytest.mark.parametrize(("words", "swept"), [([], __main__.SMS), (["16", "all"], [16, "all"])])
+def test_sms_without_numbers_sweeps_a_list(monkeypatch, words, swept):
+    ran = []
+    monkeypatch.setattr(_bench, "main", lambda *args: ran.append(args) or 0)
+    assert __main__.main(["bench", "--sms", *words]) == 0
+    assert ran[0][1] == swept
+
+
+def test_all_sms_are_those_of_the_gpu(monkeypatch):
+    with pytest.raises(SystemExit, match="--sms all: expected GPUs, got cpu"):
+        _bench.counted([8, "all"])
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(core_count=132)])
+    assert _bench.counted([8, "all", 132]) == [8, 132]
+
+
 def test_bad_options_say_what_is_expected(capsys, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for options, message in (
         (["--workload", "lunch"], "invalid choice: 'lunch'"),
         (["--tokens", "0"], "argument --tokens: invalid positive int value: '0'"),
-        (["--sms", "--plot", "p.png"], "--plot: expected some --sms or --tokens, got none"),
+        (["--sms", "many"], "argument --sms: invalid positive int or all value: 'many'"),
         (["--plot", "p.png"], "--plot: expected matplotlib (pip install matplotlib), got none"),
     ):
         with pytest.raises(SystemExit) as stopped:
@@ -134,7 +168,10 @@ def test_a_run_keeps_every_figure(tmp_path):
     base, bounded = rows["dispatch bf16"], rows["dispatch bf16, capacity factor 1.25"]
     assert all(base[k] > 0 for k in ("median_us", "p99_us", "wire_gbs", "floor_us", "ratio"))
     assert (base["capacity_rows"], bounded["capacity_rows"]) == (2 * 64 * 4, 64 * 4 * 5 // 4)
-    assert bounded["options"] == {"capacity_factor": 1.25} and base["num_sms"] == "all"
+    assert bounded["options"] == {"capacity_factor": 1.25} and base["num_sms"] == "default"
     assert rows["combine bf16, 2 SMs"]["num_sms"] == 2
+    both = rows["dispatch bf16 beside GEMMs, 2 SMs"]
+    assert both["num_sms"] == 2 and both["products"][0] >= 1
+    assert all(both[key] > 0 for key in ("alone_us", "gemm_us", "both_us"))
     assert len(facts["devices"]) == 2 and facts["workloads"]["smoke"]["hidden"] == 256
     assert "XLA has none on this platform" in done.stdout and picture.stat().st_size > 5000

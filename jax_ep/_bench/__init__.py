@@ -7,17 +7,18 @@ Floors come from a link and a memory ceiling measured in the same run; results a
 
 import dataclasses
 import json
+import sys
 
 import jax
 
 from .. import _group, _info
-from . import ceilings, exchange, layer, peers
+from . import beside, ceilings, exchange, layer, peers
 from .plot import plot
 from .timing import COLUMNS, Timer
 from .work import WORKLOADS
 
 CONDITIONS = (
-    "default capacity, ragged, tail not zeroed, uniform routing, all SMs, plan within dispatch, L2 "
+    "default capacity, ragged, tail not zeroed, uniform routing, default SMs, plan within dispatch, L2 "
     "as the turn before left it; a row's name says what differs"
 )
 NOTES = dict(
@@ -28,6 +29,10 @@ NOTES = dict(
     "latter at 1 read : 4 writes for dispatch, 4 : 1 for combine",
     deepep_gbs="all copies that a rank receives, from itself too, over the median: the formula of "
     "DeepEP's tests/test_intranode.py",
+    hidden="(alone_us + gemm_us - both_us) / alone_us: the share of the operation that products of "
+    "matrices of at least its length hide; one minus it is what they lose while it runs",
+    gemm_slower="both_us / gemm_us - 1",
+    op_slower="time beside shorter products over alone_us, - 1; null: too short for a product",
     late_us="of the run without an operation: the delay of the last rank, and a launch",
 )
 
@@ -47,6 +52,8 @@ def run(name: str, sms: list[int], tokens: list[int]) -> dict[str, dict]:
     *numbers, ratio = COLUMNS
     print(f"{'':44}{''.join(f'{column:>10}' for column in numbers)}{ratio:>8}")
     exchange.time_exchanges(ex, sms)
+    if sms:
+        beside.time_beside(ex, sms)
     peers.time_peers(ex)
     if work.expert_hidden is not None:
         layer.time_layer(ex, work.expert_hidden)
@@ -63,9 +70,17 @@ def _command(workloads: list[str], sms: list[int], tokens: list[int]) -> str:
     return " ".join(["python -m jax_ep bench", *words])
 
 
+def counted(sms: list[int | str]) -> list[int]:
+    """Numbers of SMs with "all" as the GPUs here have it."""
+    first = jax.devices()[0]
+    if "all" in sms and not hasattr(first, "core_count"):
+        sys.exit(f"--sms all: expected GPUs, got {first.device_kind}")
+    return list(dict.fromkeys(int(first.core_count if n == "all" else n) for n in sms))
+
+
 def main(
     workloads: list[str],
-    sms: list[int],
+    sms: list[int | str],
     tokens: list[int],
     json_path: str | None,
     plot_path: str | None,
@@ -73,10 +88,11 @@ def main(
     """Run the workloads, print tables, keep JSON and a plot if asked."""
     known = _info.facts()
     print(f"jax {known['jax']}, driver {known['driver']}. Rows: {CONDITIONS}.")
-    results = {name: run(name, sms, tokens) for name in workloads}
+    swept = counted(sms)
+    results = {name: run(name, swept, tokens) for name in workloads}
     if json_path:
         facts = dict(
-            command=_command(workloads, sms, tokens),
+            command=_command(workloads, swept, tokens),
             devices=[d.device_kind for d in jax.devices()],
             versions={
                 k: known[k] for k in ("jax_ep", "python", "jax", "jaxlib", "driver", "build")
@@ -89,5 +105,5 @@ def main(
         with open(json_path, "w") as file:
             json.dump(facts, file, indent=1)
     if plot_path:
-        plot(plot_path, results, sms, tokens)
+        plot(plot_path, results, swept, tokens)
     return 0

@@ -66,7 +66,9 @@ class Exchange:
         plain = {k: v.__name__ if k == "wire_dtype" else v for k, v in options.items()}
         config = plain.pop("config", jax_ep.Config())
         rows = self.spec(**options).rows
-        return dict(capacity_rows=rows, num_sms=config.num_sms or "all", dtype=dtype, options=plain)
+        return dict(
+            capacity_rows=rows, num_sms=config.num_sms or "default", dtype=dtype, options=plain
+        )
 
     def nothing(self, pair) -> Operation:
         """What every loop does beside its operation: it takes one of two routings."""
