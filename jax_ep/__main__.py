@@ -20,6 +20,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     demo.add_argument("--steps", type=_positive(int), help="stop after this many, unjudged")
     demo.add_argument("--out", default="demo.png", help="where the picture goes (demo.png)")
+    demo.add_argument(
+        "--size", choices=["small", "large"], help="of the model (small on CPUs, large on GPUs)"
+    )
+    demo.add_argument("--json", metavar="FILE", help="keep losses and loads")
     bench = commands.add_parser("bench", help="time the operations beside XLA's collectives")
     bench.add_argument(
         "--workload",
@@ -52,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "demo":
         from . import _demo
 
-        return _demo.main(args.seconds, args.steps, args.out)
+        return _demo.main(args.seconds, args.steps, args.out, args.size, args.json)
     from . import _info
 
     return _info.main(args.json)

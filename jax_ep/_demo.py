@@ -7,6 +7,7 @@ On all GPUs present, else on eight host devices.
 """
 
 import dataclasses
+import json
 import os
 import statistics
 import sys
@@ -41,8 +42,11 @@ class Sizes:
     top_k: int = 2
 
 
-HOST = Sizes(hidden=64, expert_hidden=64, length=64, sequences=32, learning_rate=5e-3)
-GPU = Sizes(hidden=256, expert_hidden=256, length=256, sequences=64, learning_rate=2e-3)
+#: Small for host devices, large for GPUs, unless asked otherwise.
+SIZES = {
+    "small": Sizes(hidden=64, expert_hidden=64, length=64, sequences=32, learning_rate=5e-3),
+    "large": Sizes(hidden=256, expert_hidden=256, length=256, sequences=64, learning_rate=2e-3),
+}
 
 
 def use_host_devices(environ) -> None:
@@ -57,8 +61,14 @@ def use_host_devices(environ) -> None:
     environ.setdefault("NPROC", "64")
 
 
-def main(seconds: float = SECONDS, steps: int | None = None, out: str = "demo.png") -> int:
-    """Train, report, draw; returns the exit status."""
+def main(
+    seconds: float = SECONDS,
+    steps: int | None = None,
+    out: str = "demo.png",
+    size: str | None = None,
+    json_path: str | None = None,
+) -> int:
+    """Train, report, draw, keep losses if asked; returns the exit status."""
     use_host_devices(os.environ)
     try:
         from jax_ep.examples import byte_transformer  # noqa: F401
@@ -67,15 +77,18 @@ def main(seconds: float = SECONDS, steps: int | None = None, out: str = "demo.pn
     except ModuleNotFoundError as error:
         print(_what_is_missing(error), file=sys.stderr)
         return 2
-    if not Path(out).absolute().parent.is_dir():
-        print(f"--out: expected a file in an existing directory, got {out!r}", file=sys.stderr)
-        return 2
+    for option, path in (("--out", out), ("--json", json_path)):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            print(
+                f"{option}: expected a file in an existing directory, got {path!r}", file=sys.stderr
+            )
+            return 2
 
     text = _demo_text.standard_library()
     unigram = text.unigram_entropy
     mesh = jax.make_mesh((jax.device_count(),), ("expert",), axis_types=(AxisType.Auto,))
     initialize(mesh)
-    sizes = HOST if jax.default_backend() == "cpu" else GPU
+    sizes = SIZES[size or ("small" if jax.default_backend() == "cpu" else "large")]
     model, optimizer = build(mesh, sizes)
     batches = Batches(mesh, sizes)
     held_out = [batches.random(text.held_out, seed) for seed in range(32)]
@@ -89,6 +102,15 @@ def main(seconds: float = SECONDS, steps: int | None = None, out: str = "demo.pn
     report.stages(stage_times(mesh, model, held_out[0][:, :-1]), mesh)
     report.loads(history)
     report.plot(out, history, unigram, CRITERION)
+    if json_path:
+        facts = dict(
+            devices=[d.device_kind for d in mesh.devices.flat],
+            sizes=dataclasses.asdict(sizes),
+            losses=history.losses,
+            loads=[load.tolist() for load in history.loads],
+            held_out=history.held_out,
+        )
+        Path(json_path).write_text(json.dumps(facts, indent=1))
     print(f"\nwrote {out}")
     return int(judged and not passed)
 

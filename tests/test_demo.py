@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m jax_ep demo`."""
 
+import json
 import os
 import pathlib
 import re
@@ -53,17 +54,28 @@ def test_host_devices_leave_the_users_settings():
     assert environ == own
 
 
-def test_a_short_run_from_anywhere(tmp_path):
-    environ = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+def demo(folder, steps, environ):
+    """What a run of the small size prints, and what it keeps."""
+    options = ["--size", "small", "--steps", str(steps), "--json", "run.json", "--out", "small.png"]
     run = subprocess.run(
-        [sys.executable, "-m", "jax_ep", "demo", "--steps", "3", "--out", "small.png"],
+        [sys.executable, "-m", "jax_ep", "demo", *options],
         capture_output=True,
         text=True,
         timeout=300,
-        cwd=tmp_path,
+        cwd=folder,
         env=environ,
     )
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 0, run.stdout + run.stderr
+    return run, json.loads((folder / "run.json").read_text())
+
+
+def test_a_short_run_from_anywhere(tmp_path):
+    environ = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "NPROC")}
+    run, kept = demo(tmp_path, 3, environ)
+    assert kept["devices"] == ["cpu"] * 8 and kept["sizes"]["hidden"] == 64
+    assert np.shape(kept["losses"]) == (3,) and 5 < kept["losses"][0] < 7
+    assert np.shape(kept["loads"]) == (3, 2, 8)
+    assert np.sum(kept["loads"]) == 3 * 2 * 32 * 64 * 2  # steps, layers, sequences, bytes, top-2
     for words in (
         "8 x host devices",
         "unigram entropy",
@@ -81,6 +93,70 @@ def test_a_short_run_from_anywhere(tmp_path):
         assert re.search(rf"^ +{stage} +\d+\.\d\d ms", run.stdout, re.M), run.stdout
     width, height = png_size(tmp_path / "small.png")
     assert width > 800 and height > 800
+
+
+def compare(ours, theirs):
+    """Losses of the same training on two platforms agree within rounding.
+
+    The router chooses: where two scores are as good as equal, rounding decides, and the load of an
+    expert may end on the other side of its mean, where its bias takes the other step. From there on
+    the two runs are different trainings. So losses are within 1e-5 up to the first step whose loads
+    differ, there by a few pairs of 8192, and within 1e-2 after it; starting from weights that differ
+    by 1e-5 gives 2e-3.
+    """
+    losses, other = np.array(ours["losses"]), np.array(theirs["losses"])
+    moved = np.abs(np.array(ours["loads"]) - theirs["loads"]).sum((1, 2))
+    first = np.flatnonzero(moved)[0] if moved.any() else len(losses)
+    np.testing.assert_allclose(losses[:first], other[:first], rtol=1e-5)
+    np.testing.assert_allclose(losses, other, rtol=1e-2)
+    assert first >= 1 and moved[: first + 1].max() <= 16
+    return first
+
+
+def test_compare_tells_rounding_from_error():
+    kept = dict(losses=[6.0, 5.0, 4.0], loads=np.full((3, 2, 8), 1024).tolist())
+    other = dict(losses=[6.0, 5.00002, 4.0], loads=kept["loads"])
+    assert compare(kept, other) == 3
+    other["loads"] = np.array(kept["loads"])
+    other["loads"][2, 0, :2] += (1, -1)
+    assert compare(kept, other | dict(losses=[6.0, 5.0, 4.01])) == 2
+    for losses in ([6.0, 5.001, 4.0], [6.0, 5.0, 4.1]):
+        with pytest.raises(AssertionError):
+            compare(kept, other | dict(losses=losses))
+    other["loads"][1, 0, :2] += (100, -100)
+    with pytest.raises(AssertionError):
+        compare(kept, other)
+
+
+@pytest.mark.multi
+def test_losses_on_gpus_are_those_on_cpu(tmp_path):
+    """24 steps on two ranks in float32, products without TF32: see `compare`."""
+    steps, common = 24, {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:2]
+    environments = {
+        "cpu": {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        },
+        # The GPUs' memory may be held by this process.
+        "gpu": {
+            "JAX_PLATFORMS": "cuda",
+            "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+            "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.08",
+        },
+    }
+    kept = {}
+    for platform, environment in environments.items():
+        folder = tmp_path / platform
+        folder.mkdir()
+        _, kept[platform] = demo(folder, steps, os.environ | common | environment)
+        assert len(kept[platform]["devices"]) == 2 and len(kept[platform]["losses"]) == steps
+    assert kept["cpu"]["devices"] == ["cpu"] * 2 != kept["gpu"]["devices"]
+    assert kept["cpu"]["sizes"] == kept["gpu"]["sizes"]
+    losses = kept["gpu"]["losses"]
+    assert losses[-1] < 0.7 * losses[0]
+    same = compare(kept["gpu"], kept["cpu"])
+    print(f"losses within 1e-5 for {same} of {steps} steps")
 
 
 @pytest.mark.parametrize(("criterion", "status"), [(0.01, 1), (9.0, 0)])
@@ -118,5 +194,9 @@ def test_bad_options(capsys):
         with pytest.raises(SystemExit):
             main(["demo", *options])
         assert f"argument {options[0]}: invalid positive" in capsys.readouterr().err
-    assert main(["demo", "--out", "/nonexistent/demo.png"]) == 2
-    assert "existing directory" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["demo", "--size", "huge"])
+    assert "argument --size: invalid choice: 'huge'" in capsys.readouterr().err
+    for option in ("--out", "--json"):
+        assert main(["demo", option, "/nonexistent/demo.file"]) == 2
+        assert f"{option}: expected a file in an existing directory" in capsys.readouterr().err
