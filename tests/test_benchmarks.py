@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmarks' own correctness checks, at tiny shapes and without timing."""
 
+import dataclasses
 import importlib.util
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
 
 
-@pytest.fixture(scope="module")
-def gshard():
-    spec = importlib.util.spec_from_file_location("gshard", BENCHMARKS / "gshard.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def gshard():
+    return load("gshard")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -31,3 +37,32 @@ def test_gshard_checks_what_it_times(gshard, dtype):
         assert dropped > 0
         with pytest.raises(AssertionError, match=name):
             gshard.check(name, got[::-1], sizes, x, idx, weights)
+
+
+@pytest.fixture(scope="module")
+def decode_steps():
+    return load("decode_steps")
+
+
+def wrong_of_six_steps(decode_steps, path):
+    mesh = jax.make_mesh((2,), ("expert",), devices=jax.devices()[:2])
+    sizes = decode_steps.Sizes(R=2, T=3, H=16, K=2, E=8)
+    row = decode_steps.measure(mesh, sizes, path, steps=6, in_a_run=3)
+    assert row["steps"] == 6
+    return row["wrong_rows"], row["wrong_sums"]
+
+
+def test_decode_steps_are_right(decode_steps):
+    assert wrong_of_six_steps(decode_steps, "whole") == (0, 0)
+
+
+def test_decode_steps_find_what_is_wrong(decode_steps, monkeypatch):
+    right = decode_steps.exchange
+
+    def spoilt(*args, **options):
+        d, out = right(*args, **options)
+        out = out.at[1, 5].set(jnp.nextafter(out[1, 5], jnp.bfloat16(9)))  # the last bit
+        return dataclasses.replace(d, weights=d.weights.at[0].add(1)), out
+
+    monkeypatch.setattr(decode_steps, "exchange", spoilt)
+    assert wrong_of_six_steps(decode_steps, "halves") == (12, 12)  # every step, on both ranks
