@@ -1,53 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// What happens when something goes wrong: two ranks on one GPU, one of which is absent, late,
-// stuck, or runs something else. Every case must end in bounded time, name who failed, write
+// What happens when something goes wrong on the large path: two ranks, one of which is absent,
+// late, stuck, or runs something else. Every case must end in bounded time, name who failed, write
 // nothing into memory that is no longer lent, and leave a group that works after a reset. Each runs
 // with plain launches, then with replayed graphs.
+//
+//   fault_test [--devices 2]
 #include <climits>
-#include <optional>
-#include <thread>
-#include <type_traits>
 
-#include "../plan/tiling.h"
-#include "expect.h"
-#include "scene.h"
+#include "faults.h"
 
 namespace jax_ep {
 namespace {
 
-constexpr double kAtOnce = 0.2;
-
-bool is(const FaultRecord& f, Fault fault, Operation operation, int rank, int awaited) {
-  const bool same = f.fault == uint32_t(fault) && f.operation == uint32_t(operation) &&
-                    f.rank == rank && f.awaited == awaited;
-  if (!same) {
-    std::printf("  fault %u operation %u rank %d awaited %d phase %u\n", f.fault, f.operation,
-                f.rank, f.awaited, f.phase);
-  }
-  return same;
-}
-
-bool says(const Scene& s, const std::string& words) {
-  const std::string fault = s.group.describe_fault();
-  if (fault.find(words) != std::string::npos) return true;
-  std::printf("  expected '%s' in '%s'\n", words.c_str(), fault.c_str());
-  return false;
-}
-
-void mark_both(Scene& s) {
-  s.mark(0);
-  s.mark(1);
-}
-
 void a_peer_that_comes_too_late(Scene& s) {
   EXPECT(s.works());
-  mark_both(s);
+  s.mark_all();
   EXPECT(s.run(kDispatch, kNothing) < 2 * kTimeout);
   EXPECT(is(s.fault(0), Fault::kTimeout, Operation::kDispatch, 0, 1));
   EXPECT(says(s, "rank 0 gave up on rank 1"));
   EXPECT(s.rows_are_nan(0));
   // Later operations of the program return at once.
-  EXPECT(s.run(Program(60, Operation::kCombine), kNothing) < kAtOnce);
+  EXPECT(s.run(Program(60, Step::kCombine), kNothing) < kAtOnce);
   EXPECT(s.out_is_nan(0));
   // The late peer finds the group broken and writes nothing.
   s.mark(0);
@@ -70,7 +43,7 @@ void a_late_peer_that_was_not_told(Scene& s) {
   EXPECT(s.works());
   s.run(kDispatch, kNothing);
   s.write(1, s.broken(), 0);
-  mark_both(s);
+  s.mark_all();
   EXPECT(s.run(kNothing, kDispatch) < kAtOnce);
   EXPECT(is(s.fault(1), Fault::kRevoked, Operation::kDispatch, 1, 0));
   EXPECT(s.rows_are(0, kMark));
@@ -108,15 +81,9 @@ void a_peer_that_pushes_while_the_owner_gives_up(Scene& s) {
   EXPECT(s.rows_are_nan(0));
 }
 
-bool is_mismatch(const Scene& s, Operation of_rank_0, Operation of_rank_1) {
-  const FaultRecord f = s.group.fault(0);
-  if (f.fault == uint32_t(Fault::kMismatch)) return is(f, Fault::kMismatch, of_rank_0, 0, 1);
-  return is(s.group.fault(1), Fault::kMismatch, of_rank_1, 1, 0);
-}
-
 void another_operation_on_one_rank(Scene& s) {
   EXPECT(s.works());
-  mark_both(s);
+  s.mark_all();
   EXPECT(s.run(kDispatch, kCombine) < kAtOnce);  // seen at once, no need to wait
   EXPECT(is_mismatch(s, Operation::kDispatch, Operation::kCombine));
   EXPECT(s.rows_are_nan(0));
@@ -132,36 +99,11 @@ void a_plan_against_a_dispatch(Scene& s) {
   EXPECT(s.plan_is_none(1));
 }
 
-// Another signature, and rows of half the width, in a graph of one operation.
 template <typename P>
-void change_shape(cudaGraph_t graph) {
-  constexpr bool is_plan = std::is_same_v<P, PlanParams>;
-  cudaGraphNode_t node;
-  size_t count = 1;
-  require(cudaGraphGetNodes(graph, &node, &count), "cudaGraphGetNodes");
-  cudaKernelNodeParams launch{};
-  require(cudaGraphKernelNodeGetParams(node, &launch), "cudaGraphKernelNodeGetParams");
-  P p = *static_cast<const P*>(launch.kernelParams[0]);
-  p.call.signature ^= 1;
-  if constexpr (!is_plan) p.hidden /= 2;
-  if constexpr (std::is_same_v<P, DispatchParams>) p.row_bytes /= 2;
-  std::optional<PlanSizes> sizes;
-  if (is_plan) sizes = *static_cast<const PlanSizes*>(launch.kernelParams[1]);
-  void* changed[] = {&p, sizes ? &*sizes : nullptr};
-  launch.kernelParams = changed;
-  require(cudaGraphKernelNodeSetParams(node, &launch), "cudaGraphKernelNodeSetParams");
-}
-
-template <typename P>
-void another_shape_of(Scene& s, Operation operation) {
+void another_shape_of(Scene& s, const Program& one, Operation operation) {
   EXPECT(s.works());
-  mark_both(s);
-  const Program one{operation};
-  const Replay other(s.h.streams[1], [&] { s.launch(1, one); }, change_shape<P>);
-  EXPECT(s.seconds([&] {
-    s.issue(0, one);
-    other.launch(s.h.streams[1]);
-  }) < kAtOnce);
+  s.mark_all();
+  EXPECT(run_in_another_shape<P>(s, one) < kAtOnce);
   EXPECT(is_mismatch(s, operation, operation));
   for (int r = 0; r < 2; ++r) {
     const int part = r == 1 ? 2 : 1;  // rank 1's rows are half as wide, in the same buffers
@@ -173,9 +115,9 @@ void another_shape_of(Scene& s, Operation operation) {
 }
 
 void another_shape_on_one_rank(Scene& s) {
-  another_shape_of<PlanParams>(s, Operation::kPlan);
-  another_shape_of<DispatchParams>(s, Operation::kDispatch);
-  another_shape_of<CombineParams>(s, Operation::kCombine);
+  another_shape_of<PlanParams>(s, kPlan, Operation::kPlan);
+  another_shape_of<DispatchParams>(s, kDispatch, Operation::kDispatch);
+  another_shape_of<CombineParams>(s, kCombine, Operation::kCombine);
 }
 
 // Replayed, the graphs are those of `works`: only what the device reads has changed.
@@ -183,7 +125,7 @@ void routing_out_of_range(Scene& s) {
   const int last = s.c.x.num_pairs() - 1;
   for (int bad : {8, -2, 1 << 16, (1 << 16) + 3, INT_MIN}) {  // 16 bits of some are good
     EXPECT(s.works());
-    mark_both(s);
+    s.mark_all();
     s.set_choice(1, bad == 8 ? last : 5, bad);
     EXPECT(s.run(kExchange, kExchange) < kAtOnce);
     EXPECT(is(s.fault(1), Fault::kRouting, Operation::kPlan, 1, 1));
@@ -197,11 +139,10 @@ void routing_out_of_range(Scene& s) {
 void sixty_operations_without_a_peer(Scene& s) {
   const Program all = operations(60);
   for (int generation = 0; generation < 2; ++generation) {  // old graphs serve the new one
-    s.poison(0);
-    s.poison(1);
+    s.poison_all();
     EXPECT(s.run(all, all) < kAtOnce);
     EXPECT(s.all_right());
-    mark_both(s);
+    s.mark_all();
     EXPECT(s.run(all, kNothing) < 2 * kTimeout);
     EXPECT(is(s.fault(0), Fault::kTimeout, Operation::kPlan, 0, 1));
     EXPECT(s.rows_are_nan(0) && s.out_is_nan(0));
@@ -216,12 +157,13 @@ void sixty_operations_without_a_peer(Scene& s) {
 }
 
 void sixty_operations_whose_peer_dies(Scene& s) {
+  const Operation failing[] = {Operation::kPlan, Operation::kDispatch, Operation::kCombine};
   for (int after : {30, 31, 32}) {
     EXPECT(s.works());
     s.mark(0);
     s.poison(1);
     EXPECT(s.run(operations(60), operations(after)) < 2 * kTimeout);
-    EXPECT(is(s.fault(0), Fault::kTimeout, operations(after + 1).back(), 0, 1));
+    EXPECT(is(s.fault(0), Fault::kTimeout, failing[after % 3], 0, 1));
     EXPECT(says(s, "rank 0 gave up on rank 1"));
     EXPECT(s.rows_are_nan(0) && s.out_is_nan(0));
     EXPECT(s.rows_are_right(1) && s.out_is_right(1));  // what came before is whole
@@ -247,8 +189,7 @@ void two_operations_at_once(Scene& s) {
 void two_operations_at_once_with_a_peer(Scene& s) {
   for (int i = 0; i < 20; ++i) {
     EXPECT(s.works());
-    s.poison(0);
-    s.poison(1);
+    s.poison_all();
     if (s.replayed) s.prepare(0, kCombine);
     EXPECT(s.seconds([&] {
       s.issue(1, kDispatch);
@@ -260,76 +201,6 @@ void two_operations_at_once_with_a_peer(Scene& s) {
     s.restart();
   }
 }
-
-// Small batches in halves. What was started is there; the peer need not have begun.
-void a_start_returns_and_its_done_waits(Scene& s) {
-  EXPECT(s.works());
-  for (int r = 0; r < 2; ++r) s.poison(r);
-  EXPECT(s.run(kStart, kNothing) < kAtOnce);
-  EXPECT(s.group.describe_fault().empty());
-  EXPECT(s.rows_are_nan(0));
-  if (s.replayed) {
-    s.prepare(0, kDone);
-    s.prepare(1, kStart);
-  }
-  const double waited = s.seconds([&] {
-    s.issue(0, kDone);
-    std::this_thread::sleep_for(std::chrono::duration<double>(kTimeout / 4));
-    s.issue(1, kStart);
-  });
-  EXPECT(waited > kTimeout / 4 && waited < kTimeout);
-  EXPECT(s.run(kNothing, kDone) < kAtOnce);
-  EXPECT(s.run(kCombineStart, kCombineStart) < kAtOnce);
-  EXPECT(s.run(kCombineDone, kCombineDone) < kAtOnce);
-  EXPECT(s.all_right());
-  for (int r = 0; r < 2; ++r) s.poison(r);
-  const Program both{kStart[0],        kCombineStart[0], kCombineDone[0], kDone[0],
-                     kCombineStart[0], kStart[0],        kCombineDone[0], kDone[0]};
-  EXPECT(s.run(both, both) < kAtOnce);    // one of each kind
-  EXPECT(s.run(kDone, kDone) < kAtOnce);  // once more
-  EXPECT(s.all_right());
-}
-
-void halves_that_do_not_take_turns(Scene& s) {
-  const struct {
-    Program program;
-    Operation guilty;
-    const char* what;
-  } wrong[] = {
-      {{kStart[0], kStart[0]}, Operation::kDispatchStart, "began before the done of start"},
-      {kDone, Operation::kDispatchDone, "but the last one was 0"},
-      {{kCombineStart[0], kCombineStart[0]},
-       Operation::kCombineStart,
-       "began before the done of start"},
-      {kCombineDone, Operation::kCombineDone, "but the last one was 0"},
-  };
-  for (const auto& w : wrong) {
-    EXPECT(s.works());
-    mark_both(s);
-    EXPECT(s.run(w.program, w.program) < kAtOnce);
-    const FaultRecord first = s.fault(0);
-    EXPECT(first.operation == static_cast<uint32_t>(w.guilty));
-    EXPECT(says(s, w.what));
-    s.restart();
-  }
-}
-
-void a_peer_that_dies_after_its_start(Scene& s) {
-  EXPECT(s.works());
-  for (int r = 0; r < 2; ++r) s.poison(r);
-  EXPECT(s.run(kStart, kStart) < kAtOnce);
-  EXPECT(s.run(kDone, kNothing) < kAtOnce);  // what it had sent is enough
-  EXPECT(s.rows_are_right(0));
-  s.mark(0);
-  EXPECT(s.run({kCombineStart[0], kCombineDone[0]}, kNothing) < 2 * kTimeout);
-  EXPECT(is(s.fault(0), Fault::kTimeout, Operation::kCombineDone, 0, 1));
-  EXPECT(s.out_is_nan(0));
-}
-
-struct Named {
-  const char* name;
-  void (*run)(Scene&);
-};
 
 constexpr Named kCases[] = {
     {"a peer that comes too late", a_peer_that_comes_too_late},
@@ -343,42 +214,13 @@ constexpr Named kCases[] = {
     {"routing out of range", routing_out_of_range},
     {"sixty operations without a peer", sixty_operations_without_a_peer},
     {"sixty operations whose peer dies", sixty_operations_whose_peer_dies},
-    {"a start returns and its done waits", a_start_returns_and_its_done_waits},
-    {"halves that do not take turns", halves_that_do_not_take_turns},
-    {"a peer that dies after its start", a_peer_that_dies_after_its_start},
     {"two operations at once", two_operations_at_once},
     {"two operations at once, with a peer", two_operations_at_once_with_a_peer},
 };
 
-void run_all(Scene& s) {
-  for (const Named& one : kCases) {
-    const int before = failures;
-    one.run(s);
-    const bool ok = failures == before;
-    std::printf("%s, %s: %s\n", one.name, s.replayed ? "replayed" : "plain",
-                ok ? "ok" : s.group.describe_fault().c_str());
-    s.restart();
-    EXPECT(s.works());
-    s.restart();
-  }
-}
-
 }  // namespace
 }  // namespace jax_ep
 
-int main() {
-  using namespace jax_ep;
-  setvbuf(stdout, nullptr, _IOLBF, 0);
-  try {
-    Scene s;
-    for (bool replayed : {false, true}) {
-      s.replayed = replayed;
-      run_all(s);
-    }
-  } catch (const std::exception& e) {
-    std::printf("failed: %s\n", e.what());
-    return 3;
-  }
-  std::printf("%d failures\n", failures);
-  return failures != 0;
+int main(int argc, char** argv) {
+  return jax_ep::run_faults(argc, argv, jax_ep::kCases, jax_ep::kExchange);
 }

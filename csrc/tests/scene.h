@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Two ranks on one GPU, a clock, and the means to go wrong: a rank runs a program of operations, or
-// none, or another one, as plain launches or as one replayed graph; words of control blocks can be
-// read and written while kernels run.
+// A few ranks on one GPU or several, a clock, and the means to go wrong: a rank runs a program of
+// operations, or none, or another one, as plain launches or as one replayed graph; words of control
+// blocks and slots can be read and written while kernels run.
 #pragma once
 #include <chrono>
 #include <cstddef>
@@ -16,30 +16,49 @@ namespace jax_ep {
 constexpr double kTimeout = 0.4;
 constexpr char kMark = 0x5a;  // what no kernel leaves in a result
 
-// What one rank runs.
-using Program = std::vector<Operation>;
-inline const Program kNothing, kPlan{Operation::kPlan}, kDispatch{Operation::kDispatch},
-    kCombine{Operation::kCombine}, kStart{Operation::kDispatchStart},
-    kDone{Operation::kDispatchDone}, kCombineStart{Operation::kCombineStart},
-    kCombineDone{Operation::kCombineDone};
+// An operation as a program names it: of the large path, through slots, or one half of the latter.
+enum class Step {
+  kPlan,
+  kDispatch,
+  kCombine,
+  kSlotDispatch,
+  kSlotCombine,
+  kDispatchStart,
+  kDispatchDone,
+  kCombineStart,
+  kCombineDone,
+};
 
-// The first `count` operations of plan, dispatch, combine, plan, ...
-inline Program operations(int count) {
-  const Operation in_turn[] = {Operation::kPlan, Operation::kDispatch, Operation::kCombine};
+// What one rank runs.
+using Program = std::vector<Step>;
+inline const Program kNothing, kPlan{Step::kPlan}, kDispatch{Step::kDispatch},
+    kCombine{Step::kCombine}, kSlotDispatch{Step::kSlotDispatch}, kSlotCombine{Step::kSlotCombine},
+    kStart{Step::kDispatchStart}, kDone{Step::kDispatchDone}, kCombineStart{Step::kCombineStart},
+    kCombineDone{Step::kCombineDone}, kExchange{Step::kPlan, Step::kDispatch, Step::kCombine},
+    kSlots{Step::kSlotDispatch, Step::kSlotCombine},
+    kHalves{Step::kDispatchStart, Step::kDispatchDone, Step::kCombineStart, Step::kCombineDone};
+
+// The first `count` operations of `in_turn`, again and again.
+inline Program operations(int count, const Program& in_turn = kExchange) {
   Program p;
-  for (int i = 0; i < count; ++i) p.push_back(in_turn[i % 3]);
+  for (int i = 0; i < count; ++i) p.push_back(in_turn[i % in_turn.size()]);
   return p;
 }
-inline const Program kExchange = operations(3);
 
-inline Case two_ranks() {
+inline Program operator+(Program a, const Program& b) {
+  a.insert(a.end(), b.begin(), b.end());
+  return a;
+}
+
+inline Case small_case(int num_ranks) {
   std::mt19937 rng(3);
   Case c;
-  c.x = Exchange{2, 8, 40, 3, 2 * 40 * 3, 1, 0};
+  const int R = num_ranks, E = 4 * R;
+  c.x = Exchange{R, E, 40, 3, R * 40 * 3, 1, 0};
   c.hidden = 256;
   c.num_sms = 8;
-  for (int i = 0; i < 2 * 40 * 3; ++i) c.topk_idx.push_back(int(rng() % 8));
-  for (int r = 0; r < 2; ++r) {
+  for (int i = 0; i < R * 40 * 3; ++i) c.topk_idx.push_back(int(rng() % E));
+  for (int r = 0; r < R; ++r) {
     Bytes rows(size_t(40) * c.hidden * 2);
     for (size_t i = 0; i < rows.size() / 2; ++i) set_element(rows, c.type, i, float(i % 97) - 48);
     c.rows_in.push_back(rows);
@@ -53,34 +72,42 @@ inline bool all_are(const Bytes& bytes, char value) {
 }
 
 struct Scene {
-  const Case c = two_ranks();
+  const Case c;
   const HostPlan plan = host_plan(c.x, c.topk_idx);
-  const ControlLayout at = control_layout(2);
-  Group group{{0, 0}, SlotSize{c.x.num_tokens, c.hidden * 2}};
+  const ControlLayout at = control_layout(c.x.num_ranks);
+  const SlotSize slots{c.x.num_tokens, c.hidden * 2};
+  Group group;
   Harness h{group, c};
   bool replayed = false;
   uint64_t generation = 0;
 
-  Scene() {
+  // Rank r on device `devices[r]`; `timeout_s` bounds every wait.
+  explicit Scene(const std::vector<int>& devices = {0, 0}, double timeout_s = kTimeout)
+      : c(small_case(int(devices.size()))), group(devices, slots), timeout_s_(timeout_s) {
+    require(cudaSetDevice(devices[0]), "cudaSetDevice");
     require(cudaStreamCreateWithFlags(&side_, cudaStreamNonBlocking), "cudaStreamCreate");
-    const size_t rows = c.x.num_rows;
+    const size_t rows = c.x.num_rows, R = num_ranks();
     Bytes y(rows * c.hidden * 2);
     for (size_t i = 0; i < y.size() / 2; ++i) set_element(y, c.type, i, float(i % 89) - 44);
     const std::vector<float> weights(rows, 0.25f);
-    for (int r = 0; r < 2; ++r) {
+    for (size_t r = 0; r < R; ++r) {
       copy_in(h.a.y[r]->data(), y.data(), y.size());
       copy_in(h.a.weights[r]->data(), weights.data(), rows * sizeof(float));
-      want_rows_.push_back(host_dispatch(c, plan, r).rows);
-      want_out_.push_back(host_combine(c, plan, {y, y}, {weights, weights}, r));
+      want_rows_.push_back(host_dispatch(c, plan, int(r)).rows);
+      want_out_.push_back(host_combine(c, plan, std::vector<Bytes>(R, y),
+                                       std::vector<std::vector<float>>(R, weights), int(r)));
     }
     restart();
   }
+  int num_ranks() const { return c.x.num_ranks; }
 
   // A new generation, with good routing. Graphs stay, as do the buffers whose addresses they hold.
   void restart() {
-    group.reset(++generation, kTimeout, 2);
+    const std::vector<int>& devices = group.devices();
+    const auto here = std::count(devices.begin(), devices.end(), devices[0]);
+    group.reset(++generation, timeout_s_, int(here));
     const size_t pairs = c.x.num_pairs();
-    for (int r = 0; r < 2; ++r) {
+    for (int r = 0; r < num_ranks(); ++r) {
       copy_in(h.a.topk_idx[r]->data(), &c.topk_idx[r * pairs], pairs * sizeof(int));
     }
   }
@@ -89,22 +116,46 @@ struct Scene {
   }
 
   void launch(int r, const Program& program) {
-    for (Operation o : program) {
-      if (o == Operation::kPlan) h.plan(r);
-      if (o == Operation::kDispatch) h.dispatch(r);
-      if (o == Operation::kCombine) h.combine(r);
-      if (o == Operation::kDispatchStart) h.slot_dispatch(r, Half::kStart);
-      if (o == Operation::kDispatchDone) h.slot_dispatch(r, Half::kDone);
-      if (o == Operation::kCombineStart) h.slot_combine(r, Half::kStart);
-      if (o == Operation::kCombineDone) h.slot_combine(r, Half::kDone);
+    for (Step step : program) {
+      switch (step) {
+        case Step::kPlan:
+          h.plan(r);
+          break;
+        case Step::kDispatch:
+          h.dispatch(r);
+          break;
+        case Step::kCombine:
+          h.combine(r);
+          break;
+        case Step::kSlotDispatch:
+          h.slot_dispatch(r);
+          break;
+        case Step::kSlotCombine:
+          h.slot_combine(r);
+          break;
+        case Step::kDispatchStart:
+          h.slot_dispatch(r, Half::kStart);
+          break;
+        case Step::kDispatchDone:
+          h.slot_dispatch(r, Half::kDone);
+          break;
+        case Step::kCombineStart:
+          h.slot_combine(r, Half::kStart);
+          break;
+        case Step::kCombineDone:
+          h.slot_combine(r, Half::kDone);
+          break;
+      }
     }
   }
   // Put a program on a rank's stream; replayed, all of it as one graph.
   void issue(int r, const Program& program) {
     if (!replayed) return launch(r, program);
-    prepare(r, program).launch(h.streams[r]);
+    const Replay& graph = prepare(r, program);
+    require(cudaSetDevice(group.devices()[r]), "cudaSetDevice");
+    graph.launch(h.streams[r]);
   }
-  // The same on another stream.
+  // The same on another stream; rank 0 or one that shares its device.
   void issue_aside(int r, const Program& program) {
     std::swap(h.streams[r], side_);
     issue(r, program);
@@ -114,26 +165,43 @@ struct Scene {
   Replay& prepare(int r, const Program& program) {
     auto& graph = graphs_[{r, program}];
     if (graph == nullptr) {
+      require(cudaSetDevice(group.devices()[r]), "cudaSetDevice");
       graph = std::make_unique<Replay>(h.streams[r], [&] { launch(r, program); });
     }
     return *graph;
   }
+  // Seconds until all that `f` issues has ended.
   double seconds(const std::function<void()>& f) {
     const auto start = std::chrono::steady_clock::now();
     f();
-    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    for (int device : group.devices()) {
+      require(cudaSetDevice(device), "cudaSetDevice");
+      require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    }
     return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   }
-  // Seconds until both ranks have ended their programs.
-  double run(const Program& of_rank_0, const Program& of_rank_1) {
-    const Program* programs[] = {&of_rank_0, &of_rank_1};
+  // Seconds until ranks 0, 1, ... have ended their programs.
+  double run(const std::vector<Program>& programs) {
     auto each = [&](auto&& f) {
-      for (int r = 0; r < 2; ++r) {
-        if (!programs[r]->empty()) f(r);
+      for (size_t r = 0; r < programs.size(); ++r) {
+        if (!programs[r].empty()) f(int(r));
       }
     };
-    if (replayed) each([&](int r) { prepare(r, *programs[r]); });
-    return seconds([&] { each([&](int r) { issue(r, *programs[r]); }); });
+    if (replayed) each([&](int r) { prepare(r, programs[r]); });
+    return seconds([&] { each([&](int r) { issue(r, programs[r]); }); });
+  }
+  double run(const Program& of_rank_0, const Program& of_rank_1) {
+    return run(std::vector<Program>{of_rank_0, of_rank_1});
+  }
+  double run_all(const Program& program) { return run(std::vector<Program>(num_ranks(), program)); }
+  // Put one operation on a rank's stream, and wait until its kernel runs. False: it does not.
+  bool issue_until_it_runs(int r, const Program& one) {
+    const uint64_t before = read(r, began());
+    issue(r, one);
+    for (int i = 0; i < 1000; ++i) {
+      if (read(r, began()) != before) return true;
+    }
+    return false;
   }
   // Let rank 0 dispatch until it has lent its output to rank 1. The open lease; 0 if there is none.
   uint64_t dispatch_until_lent() {
@@ -148,13 +216,20 @@ struct Scene {
 
   // Results of rank r: set to a mark, or to NaN; and what they are.
   void mark(int r) {
+    require(cudaSetDevice(group.devices()[r]), "cudaSetDevice");
     require(cudaMemset(h.a.rows[r]->data(), kMark, h.a.rows[r]->bytes()), "cudaMemset");
     require(cudaMemset(h.a.out[r]->data(), kMark, h.a.out[r]->bytes()), "cudaMemset");
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
+  void mark_all() {
+    for (int r = 0; r < num_ranks(); ++r) mark(r);
+  }
   void poison(int r) {
     h.a.rows[r]->poison();
     h.a.out[r]->poison();
+  }
+  void poison_all() {
+    for (int r = 0; r < num_ranks(); ++r) poison(r);
   }
   bool rows_are(int r, char byte) { return all_are(h.a.rows[r]->host(), byte); }
   bool out_is(int r, char byte) { return all_are(h.a.out[r]->host(), byte); }
@@ -169,13 +244,13 @@ struct Scene {
   bool out_is_right(int r) { return h.a.out[r]->host() == want_out_[r]; }
   bool all_right() {
     bool right = group.describe_fault().empty();
-    for (int r = 0; r < 2; ++r) right = right && rows_are_right(r) && out_is_right(r);
+    for (int r = 0; r < num_ranks(); ++r) right = right && rows_are_right(r) && out_is_right(r);
     return right;
   }
   // Whether a whole exchange comes out right.
-  bool works() {
-    for (int r = 0; r < 2; ++r) poison(r);
-    run(kExchange, kExchange);
+  bool works(const Program& exchange = kExchange) {
+    poison_all();
+    run_all(exchange);
     return all_right();
   }
 
@@ -191,6 +266,7 @@ struct Scene {
     copy_aside(group.peers(r).control[r] + offset, &value, sizeof value);
   }
   size_t broken() const { return at.header + offsetof(Header, broken); }
+  size_t began() const { return at.header + offsetof(Header, began); }
   size_t lease_of_rank_1() const { return at.lease + sizeof(uint64_t); }
   size_t left_by_rank_1() const { return at.left + sizeof(uint64_t); }
   // Write the mark into rank r's rows, as a peer would that pushes; kernels may run.
@@ -199,6 +275,28 @@ struct Scene {
             "cudaMemsetAsync");
     require(cudaStreamSynchronize(side_), "cudaStreamSynchronize");
   }
+
+  // What peers have put into rank r's slots for one kind of operation; no kernel runs.
+  Bytes slots_of(int r, SlotKind kind) {
+    Bytes bytes(slot_bytes(num_ranks(), slots) / 2);
+    const size_t first = at.total + size_t(kind) * bytes.size();
+    copy_aside(bytes.data(), group.peers(r).control[r] + first, bytes.size());
+    return bytes;
+  }
+  // Where rank 0 finds what rank 1 has sent with its last start of a kind.
+  size_t last_from_rank_1(SlotKind kind) {
+    const size_t i = size_t(kind), one = slot_layout(slots).total;
+    const size_t parity = read(1, at.header + offsetof(Header, started) + 8 * i) & 1;
+    return at.total + ((i * 2 + parity) * num_ranks() + 1) * one;
+  }
+  // Zeros into rank r's control block and slots, as if these words had never come.
+  void erase(int r, size_t offset, size_t bytes) {
+    const Bytes zeros(bytes);
+    copy_aside(group.peers(r).control[r] + offset, zeros.data(), bytes);
+  }
+  // The ticket of rank 0's last dispatch start.
+  int ticket() { return h.a.dispatch_ticket[0]->host()[0]; }
+  void set_ticket(int ticket) { copy_in(h.a.dispatch_ticket[0]->data(), &ticket, sizeof ticket); }
 
  private:
   // The first `part`-th.
@@ -214,6 +312,7 @@ struct Scene {
     require(cudaStreamSynchronize(side_), "cudaStreamSynchronize");
   }
 
+  double timeout_s_;
   std::vector<Bytes> want_rows_, want_out_;
   std::map<std::pair<int, Program>, std::unique_ptr<Replay>> graphs_;
   cudaStream_t side_;
