@@ -94,7 +94,7 @@ def default_sms_numbers() -> tuple[float, float, float] | None:
 
 
 def default_sms(speeds: tuple[int, float, float], num_ranks: int, top_k: int) -> dict[str, int]:
-    """SMs of dispatch and combine, 16-bit rows, on a GPU of `(SMs, GB/s of memory, of links)`."""
+    """SMs of dispatch and combine on a GPU of `(SMs, GB/s of memory, of links)`."""
     return _ext.default_sms(*speeds, num_ranks, top_k)
 
 

@@ -12,7 +12,8 @@ def rule() -> list[str]:
     dispatch, combine, spare = numbers
     return [
         "dispatch, combine: as many as keep up with the memory, or with the links where these bind, at "
-        f"{dispatch:g} and {combine:g} GB/s through memory an SM, times {spare:g}; else all"
+        f"{dispatch:g} and {combine:g} GB/s through memory an SM, times {spare:g}; "
+        "plan, small batches, FP8 on the wire: all"
     ]
 
 
@@ -23,5 +24,5 @@ def of_gpu(name: str, speeds: tuple[int, float, float], num_ranks: int, top_k: i
     chosen = _ffi.default_sms(speeds, num_ranks, top_k)
     return (
         f"{name}: {sms} SMs, memory {memory}, links {link}: dispatch {chosen['dispatch']}, "
-        f"combine {chosen['combine']} (R={num_ranks}, K={top_k}, 16-bit rows)"
+        f"combine {chosen['combine']} (R={num_ranks}, K={top_k})"
     )

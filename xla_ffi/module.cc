@@ -33,8 +33,8 @@ nb::dict build_facts() {
 nb::dict default_sms(int sms, double memory_gbs, double link_gbs, int num_ranks, int top_k) {
   const jax_ep::Speeds gpu{sms, memory_gbs, link_gbs};
   nb::dict of;
-  of["dispatch"] = jax_ep::default_sms(gpu, jax_ep::dispatch_demand(num_ranks, top_k, 2, 2, 2));
-  of["combine"] = jax_ep::default_sms(gpu, jax_ep::combine_demand(num_ranks, top_k, 2));
+  of["dispatch"] = jax_ep::default_sms(gpu, jax_ep::dispatch_demand(num_ranks, top_k));
+  of["combine"] = jax_ep::default_sms(gpu, jax_ep::combine_demand(num_ranks, top_k));
   return of;
 }
 
@@ -56,7 +56,7 @@ NB_MODULE(_ext, m) {
   m.doc() = "Compiled part of jax_ep.";
   m.def("build_facts", &build_facts, "Version, compiler and CUDA version of this build.");
   m.def("default_sms", &default_sms,
-        "SMs of dispatch and combine, 16-bit rows, on a GPU of so many SMs and GB/s.");
+        "SMs of dispatch and combine on a GPU of so many SMs and GB/s.");
   m.attr("default_sms_numbers") =
       nb::make_tuple(jax_ep::kDispatchGbsPerSm, jax_ep::kCombineGbsPerSm, jax_ep::kSpareSms);
 #ifdef JAX_EP_CUDA

@@ -15,8 +15,8 @@ struct Speeds {
   double link_gbs = 0;  // to all peers together, one direction
 };
 
-// What an operation moves for each token of a rank under uniform routing, in bytes, and what one SM
-// moves through memory by itself; without the latter nothing is known and all SMs are taken.
+// What an operation moves for each token of a rank under uniform routing, in rows, and what one SM
+// moves through memory by itself, in GB/s; without the latter nothing is known.
 struct Demand {
   double memory = 0;
   double link = 0;
@@ -34,20 +34,20 @@ inline double copies_of_a_token(int num_ranks, int top_k) {
   return (num_ranks - 1) * (1 - std::pow(1 - 1.0 / num_ranks, top_k));
 }
 
-// `x`, `wire` and `delivered`: bytes of a row where it is read, on its way and where it ends. Read
-// for the peers and for the own rank; arrivals read again; a row written for each pair.
-inline Demand dispatch_demand(int num_ranks, int top_k, double x, double wire, double delivered) {
+// A token is read for the peers and for the own rank, arrivals are read, a row is written for each
+// pair.
+inline Demand dispatch_demand(int num_ranks, int top_k) {
   const double copies = copies_of_a_token(num_ranks, top_k);
-  return {(num_ranks > 1 ? 2 : 1) * x + copies * wire + top_k * delivered, copies * wire,
-          kDispatchGbsPerSm};
+  return {(num_ranks > 1 ? 2 : 1) + copies + top_k, copies, kDispatchGbsPerSm};
 }
 
-// A row read for each pair; partials of other ranks written and read; the sum written.
-inline Demand combine_demand(int num_ranks, int top_k, double row) {
+// A row is read for each pair, partials of other ranks are written and read, the sum is written.
+inline Demand combine_demand(int num_ranks, int top_k) {
   const double copies = copies_of_a_token(num_ranks, top_k);
-  return {(top_k + 2 * copies + 1) * row, copies * row, kCombineGbsPerSm};
+  return {top_k + 2 * copies + 1, copies, kCombineGbsPerSm};
 }
 
+// All of them where something is not known.
 inline int default_sms(const Speeds& gpu, const Demand& of) {
   if (of.gbs_per_sm <= 0 || gpu.memory_gbs <= 0) return gpu.sms;
   double gbs = gpu.memory_gbs;  // through memory, when memory or link is at its limit

@@ -167,28 +167,25 @@ void host_plan_is_a_bijection() {
 // of a dispatch, as of a combine, and one crosses the link.
 void default_sms_keep_up_with_memory_or_link() {
   const Speeds h100{132, 3352, 478}, slow_link{132, 3352, 20}, silent{132, 0, 0};
-  const Demand two = dispatch_demand(2, 8, 2, 2, 2), sums = combine_demand(2, 8, 2);
-  EXPECT(std::abs(two.memory - 22) < 0.1 && std::abs(two.link - 2) < 0.1);
-  EXPECT(std::abs(sums.memory - 22) < 0.1 && std::abs(sums.link - 2) < 0.1);
-  EXPECT(default_sms(h100, two) == 63);      // 1.25 * 3352 / 67 = 62.5: memory binds
-  EXPECT(default_sms(h100, sums) == 111);    // 1.25 * 3352 / 38 = 110.3
-  EXPECT(default_sms(slow_link, two) == 5);  // 1.25 * 20 * 11 / 67 = 4.1
-  EXPECT(default_sms({16, 3352, 478}, two) == 16);
-  EXPECT(default_sms(silent, two) == 132 && default_sms(h100, Demand{}) == 132);
-  EXPECT(default_sms({132, 3352, 0}, two) == 63);  // a link that does not say is no bound
+  const Demand rows = dispatch_demand(2, 8), sums = combine_demand(2, 8);
+  EXPECT(std::abs(rows.memory - 11) < 0.05 && std::abs(rows.link - 1) < 0.05);
+  EXPECT(std::abs(sums.memory - 11) < 0.05 && std::abs(sums.link - 1) < 0.05);
+  EXPECT(default_sms(h100, rows) == 63);      // 1.25 * 3352 / 67 = 62.5: memory binds
+  EXPECT(default_sms(h100, sums) == 111);     // 1.25 * 3352 / 38 = 110.3
+  EXPECT(default_sms(slow_link, rows) == 5);  // 1.25 * 20 * 11 / 67 = 4.1
+  EXPECT(default_sms({16, 3352, 478}, rows) == 16);
+  EXPECT(default_sms(silent, rows) == 132 && default_sms(h100, Demand{}) == 132);
+  EXPECT(default_sms({132, 3352, 0}, rows) == 63);  // a link that does not say is no bound
 
-  const Demand alone = dispatch_demand(1, 8, 2, 2, 2);  // nothing crosses a link
-  EXPECT(alone.link == 0 && alone.memory == 18 && default_sms(h100, alone) == 63);
-  // 8 ranks: the link binds, the more so the larger its rows.
-  const int copied = default_sms(h100, dispatch_demand(8, 8, 2, 2, 2));
-  const int quantized = default_sms(h100, dispatch_demand(8, 8, 2, 1, 2));
-  EXPECT(copied < quantized && quantized < 63);
+  const Demand alone = dispatch_demand(1, 8);  // nothing crosses a link
+  EXPECT(alone.link == 0 && alone.memory == 9 && default_sms(h100, alone) == 63);
+  EXPECT(default_sms(h100, dispatch_demand(8, 8)) == 29);  // 4.6 copies: the link binds
   for (int R : {1, 2, 8, 64}) {
     for (int K : {1, 8, 32}) {
+      EXPECT(copies_of_a_token(R, K) <= std::min(R - 1, K));
       for (const Speeds& gpu : {h100, slow_link, silent}) {
-        const int n = default_sms(gpu, combine_demand(R, K, 2));
+        const int n = default_sms(gpu, combine_demand(R, K));
         EXPECT(n >= 1 && n <= gpu.sms);
-        EXPECT(copies_of_a_token(R, K) <= std::min(R - 1, K));
       }
     }
   }
