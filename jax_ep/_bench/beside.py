@@ -106,11 +106,15 @@ def names(num_sms: int) -> dict[str, str]:
     return {op: f"{op} bf16 beside GEMMs, {num_sms} SMs" for op in ("dispatch", "combine")}
 
 
+def config(num_sms: int) -> jax_ep.Config:
+    """The operation as it runs beside compute."""
+    return jax_ep.Config(num_sms=num_sms)
+
+
 def time_beside(ex: Exchange, sms: list[int]) -> None:
     """One row for each operation and number of SMs."""
     beside = Beside(ex)
     print(f"{'':44}" + "".join(f"{column:>10}" for column in COLUMNS))
     for num_sms in sms:
-        config = jax_ep.Config(num_sms=num_sms)
         for op, name in names(num_sms).items():
-            beside.time(name, getattr(ex, op)(ex.uniform, config=config))
+            beside.time(name, getattr(ex, op)(ex.uniform, config=config(num_sms)))
