@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C++ tests on GPUs: random exchanges against the host, many in a row, faults, sanitizers.
+"""The C++ tests on GPUs: random exchanges against the host, many in a row, graphs, faults, sanitizers.
 
 They are built with CMake, or taken from the folder that JAX_EP_CSRC_BUILD names.
 """
@@ -81,8 +81,27 @@ def test_one_copy_of_a_token_crosses_the_link(build):
         assert rows <= after[rank] - before[rank] <= 1.01 * rows
 
 
-def test_faults(build):
-    assert "0 failures" in run(build / "fault_test")
+DEVICES = [1, pytest.param(2, marks=pytest.mark.multi)]
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+@pytest.mark.parametrize("name", ["fault_test", "slot_fault_test"])
+def test_faults(build, name, devices):
+    options = [] if devices == 1 else ["--devices", devices]
+    assert "0 failures" in run(build / name, *options, timeout_s=180)
+
+
+@pytest.mark.parametrize("devices", DEVICES)
+def test_nothing_is_resident_between_start_and_done(build, devices):
+    assert "\n0 failures" in run(build / "in_flight_test", "--devices", devices)
+
+
+@pytest.mark.parametrize(
+    "devices, ranks", [(1, 2), (1, 4), pytest.param(2, 2, marks=pytest.mark.multi)]
+)
+def test_replays_with_changing_routing(build, devices, ranks):
+    options = ["--replays", 20000, "--devices", devices, "--ranks", ranks]
+    assert "20000 replays, 0 differences" in run(build / "replay_test", *options)
 
 
 def test_tiny_operations_in_a_row(build):
