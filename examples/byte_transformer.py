@@ -16,21 +16,33 @@ from .moe_nnx import MoE
 class Block(nnx.Module):
     """Attention and MoE, each behind a norm, each added to the stream."""
 
-    def __init__(self, config: MoEConfig, heads: int, mesh: Mesh, *, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: MoEConfig,
+        heads: int,
+        mesh: Mesh,
+        *,
+        kv_heads: int | None = None,
+        rngs: nnx.Rngs,
+    ):
         h = config.hidden
-        self.heads = heads
+        self.heads, self.kv_heads = heads, kv_heads or heads
         self.norm1, self.norm2 = nnx.RMSNorm(h, rngs=rngs), nnx.RMSNorm(h, rngs=rngs)
-        self.qkv = nnx.Linear(h, 3 * h, use_bias=False, rngs=rngs)
+        self.qkv = nnx.Linear(h, h + 2 * self.kv_heads * (h // heads), use_bias=False, rngs=rngs)
         self.out = nnx.Linear(h, h, use_bias=False, rngs=rngs)
         self.moe = MoE(config, mesh, rngs=rngs)
 
+    def project(self, x: Array) -> tuple[Array, Array, Array]:
+        """Queries `[..., heads, D]`, keys and values `[..., kv_heads, D]` of `x [..., H]`."""
+        every = self.qkv(self.norm1(x))
+        every = every.reshape(*x.shape[:-1], -1, x.shape[-1] // self.heads)
+        q, k, v = jnp.split(every, (self.heads, self.heads + self.kv_heads), axis=-2)
+        return q, k, v
+
     def attend(self, x: Array) -> Array:
         """The block's first half, `[B, S, H]` to `[B, S, H]`."""
-        b, s, h = x.shape
-        q, k, v = jnp.split(self.qkv(self.norm1(x)), 3, axis=-1)
-        q, k, v = (a.reshape(b, s, self.heads, h // self.heads) for a in (q, k, v))
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        return x + self.out(mixed.reshape(b, s, h))
+        mixed = jax.nn.dot_product_attention(*self.project(x), is_causal=True)
+        return x + self.out(mixed.reshape(x.shape))
 
     def __call__(self, x: Array) -> Array:
         """`[B, S, H]` to `[B, S, H]`."""
@@ -46,6 +58,7 @@ class ByteTransformer(nnx.Module):
         mesh: has an axis "expert" that divides `config.num_experts` and the batch.
         layers: number of blocks.
         heads: attention heads; divides `hidden`.
+        kv_heads: heads of keys and values, each for a group of attention heads; None for `heads`.
         length: longest S.
         context: each position's input sums an embedding of its byte and of the ones before, this
             many in all: letter groups need no attention to be seen, so a minute teaches more.
@@ -59,6 +72,7 @@ class ByteTransformer(nnx.Module):
         *,
         layers: int = 2,
         heads: int = 4,
+        kv_heads: int | None = None,
         length: int = 64,
         context: int = 4,
         rngs: nnx.Rngs,
@@ -66,7 +80,9 @@ class ByteTransformer(nnx.Module):
         self.context = context
         self.bytes = nnx.Embed(256 * context, config.hidden, rngs=rngs)
         self.position = nnx.Param(0.02 * jax.random.normal(rngs.params(), (length, config.hidden)))
-        self.blocks = nnx.List([Block(config, heads, mesh, rngs=rngs) for _ in range(layers)])
+        self.blocks = nnx.List(
+            [Block(config, heads, mesh, kv_heads=kv_heads, rngs=rngs) for _ in range(layers)]
+        )
         self.norm = nnx.RMSNorm(config.hidden, rngs=rngs)
         self.head = nnx.Linear(config.hidden, 256, rngs=rngs)
 
@@ -91,12 +107,19 @@ def place(module: nnx.Module, mesh: Mesh) -> None:
 
     Works for a model and for its optimizer, whose moments lie as the weights do.
     """
+    state = nnx.state(module)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(state))
+    nnx.update(module, jax.device_put(state, shardings))
 
-    def put(path, value):
+
+def specs(state: nnx.State) -> nnx.State:
+    """How `place` splits each array of a module's state."""
+
+    def spec(path, _):
         expert = "'w_in'" in jax.tree_util.keystr(path) or "'w_out'" in jax.tree_util.keystr(path)
-        return jax.device_put(value, NamedSharding(mesh, P("expert") if expert else P()))
+        return P("expert") if expert else P()
 
-    nnx.update(module, jax.tree_util.tree_map_with_path(put, nnx.state(module)))
+    return jax.tree_util.tree_map_with_path(spec, state)
 
 
 def loss_fn(model: ByteTransformer, text: Array) -> Array:

@@ -8,7 +8,7 @@ combine    rows -> tokens
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,8 @@ class MoEConfig:
     bias_rate: float = 1e-3  # step of the loss-free balancing bias
     capacity_factor: float | None = None  # rows of a rank over its T*K; None never drops
     implementation: Literal["cuda", "xla"] | None = None
+    layout: Literal["ragged", "batched"] = "ragged"
+    config: jax_ep.Config | None = None  # which batches are small, for the CUDA kernels
 
 
 def route(config: MoEConfig, x: Array, router: Array, bias: Array) -> tuple[Array, Array]:
@@ -51,21 +53,25 @@ def route(config: MoEConfig, x: Array, router: Array, bias: Array) -> tuple[Arra
 
 def dispatch(config: MoEConfig, x: Array, topk_idx: Array, weights: Array) -> jax_ep.Dispatched:
     """Send this rank's tokens to their experts."""
-    return jax_ep.dispatch(
-        x,
-        topk_idx,
-        weights,
-        num_experts=config.num_experts,
-        capacity_factor=config.capacity_factor,
-        implementation=config.implementation,
-    )
+    return jax_ep.dispatch(x, topk_idx, weights, **dispatch_options(config))
+
+
+def dispatch_options(config: MoEConfig) -> dict[str, Any]:
+    """The keywords of `jax_ep.dispatch` and `jax_ep.dispatch_start`."""
+    names = ("num_experts", "capacity_factor", "implementation", "layout", "config")
+    return {name: getattr(config, name) for name in names}
 
 
 def experts(d: jax_ep.Dispatched, w_in: Array, w_out: Array) -> Array:
     """SwiGLU of every row by its expert: `w_in [E/R, H, 2F]`, `w_out [E/R, F, H]`."""
-    w_in, w_out = w_in.astype(d.tokens.dtype), w_out.astype(d.tokens.dtype)
-    gate, up = jnp.split(lax.ragged_dot(d.tokens, w_in, d.group_sizes), 2, axis=-1)
-    return lax.ragged_dot(jax.nn.silu(gate) * up, w_out, d.group_sizes)
+
+    def product(rows, w):
+        w = w.astype(rows.dtype)
+        if rows.ndim == 3:  # batched
+            return jnp.einsum("ech,ehf->ecf", rows, w)
+        return lax.ragged_dot(rows, w, d.group_sizes)
+
+    return product(gated(product(d.tokens, w_in)), w_out)
 
 
 def combine(y: Array, d: jax_ep.Dispatched) -> Array:
@@ -95,5 +101,10 @@ def moe(
 
 def swiglu(x: Array, w_in: Array, w_out: Array) -> Array:
     """The shared expert: every token, `w_in [H, 2F]`, `w_out [F, H]`."""
-    gate, up = jnp.split(x @ w_in.astype(x.dtype), 2, axis=-1)
-    return (jax.nn.silu(gate) * up) @ w_out.astype(x.dtype)
+    return gated(x @ w_in.astype(x.dtype)) @ w_out.astype(x.dtype)
+
+
+def gated(product: Array) -> Array:
+    """SwiGLU between its two products, `[..., 2F]` to `[..., F]`."""
+    gate, up = jnp.split(product, 2, axis=-1)
+    return jax.nn.silu(gate) * up
