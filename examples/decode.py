@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -72,8 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     print("decode:", ", ".join(f"{name} {value}" for name, value in facts.items()))
     print(_slots.rule(config))
     decoders = {name: Decoder(model, name, overlap=args.overlap) for name in args.implementation}
-    results = facts | dict(fixed=table(decoders, args))
-    keep(results, args.json)
+    results = facts | dict(fixed=[])
+    for row in table(decoders, args):
+        results["fixed"].append(row)
+        keep(results, args.json)
     decoder = Decoder(model, args.implementation[0], overlap=args.overlap)
     served = changing(Server(decoder, args.rows), args.changing_steps)
     keep(results | dict(changing=served), args.json)
@@ -82,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def keep(results: dict, file: str | None) -> None:
-    """Write what there is, so that a loop that fails loses nothing before it."""
+    """Write what there is, so that what fails later loses none of it."""
     if file:
         Path(file).write_text(json.dumps(results, indent=1) + "\n")
 
@@ -141,11 +144,10 @@ def _power_of_two(text: str) -> int:
 # Batches of fixed size.
 
 
-def table(decoders: dict[str, Decoder], args: argparse.Namespace) -> list[dict]:
-    """Print and return a row for each batch size and implementation."""
+def table(decoders: dict[str, Decoder], args: argparse.Namespace) -> Iterator[dict]:
+    """Print and give a row for each batch size and implementation."""
     print(NOTES.format(scan=args.scan, scans=SCANS, compared=COMPARED))
     print(f"{'batch':>5} {'implementation':14} {'on CUDA':7}", *(f"{c:>13}" for c in COLUMNS))
-    rows = []
     for batch in args.batch:
         first = None
         for name, decoder in decoders.items():
@@ -153,10 +155,10 @@ def table(decoders: dict[str, Decoder], args: argparse.Namespace) -> list[dict]:
             first = tokens if first is None else first
             common = min(len(first), len(tokens))
             row["same"] = float((first[:common] == tokens[:common]).mean())
-            rows.append(dict(batch=batch, implementation=name, on_cuda=path(decoder, batch)) | row)
             numbers = (f"{row[c]:13.6g}" for c in COLUMNS)
-            print(f"{batch:5} {name:14} {rows[-1]['on_cuda']:7}", *numbers, flush=True)
-    return rows
+            taken = path(decoder, batch)
+            print(f"{batch:5} {name:14} {taken:7}", *numbers, flush=True)
+            yield dict(batch=batch, implementation=name, on_cuda=taken) | row
 
 
 def measure(decoder: Decoder, batch: int, args: argparse.Namespace) -> tuple[dict, np.ndarray]:
