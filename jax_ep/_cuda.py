@@ -41,8 +41,8 @@ def why_not(spec: Spec) -> str | None:
 def plan(topk_idx: Array, *, spec: Spec) -> tuple[Array, ...]:
     """`topk_idx [T, K]` to the arrays of `Plan`, then expert_ids, counts, group_sizes, dropped."""
     words = _ffi.plan_scratch_words(spec.num_ranks, spec.num_experts, spec.num_tokens, spec.top_k)
-    types = [*_plan_types(spec), ((words,), jnp.int32)]
-    return _call("jax_ep_plan", types, (topk_idx,), spec)[:-1]
+    scratch = [((words,), jnp.int32)]
+    return _call("jax_ep_plan", _plan_types(spec), (topk_idx,), spec, scratch=scratch)
 
 
 def dispatch(values: dict[str, Array], maps: Plan, *, spec: Spec, wire: Wire) -> tuple[Array, ...]:
@@ -71,19 +71,19 @@ def combine(values: dict[str, Array], maps: Plan, *, spec: Spec, wire: Wire) -> 
         types.append(((spec.num_tokens, hidden), rows.dtype))
     if "scalars" in values:
         types.append(((spec.num_tokens * spec.top_k,), jnp.float32))
-    wanted = len(types)
+    scratch: list[Type] = []
     if "rows" in values and slots:  # peers push their partial sums here
-        types.append(((spec.num_tokens, slots, hidden), rows.dtype))
-    results = _call(
+        scratch.append(((spec.num_tokens, slots, hidden), rows.dtype))
+    return _call(
         "jax_ep_combine",
         types,
         (*values.values(), *maps.arrays()),
         spec,
+        scratch=scratch,
         has_rows=np.bool_("rows" in values),
         has_weights=np.bool_("weights" in values),
         has_scalars=np.bool_("scalars" in values),
     )
-    return tuple(results[:wanted])
 
 
 def slot_dispatch(
@@ -185,8 +185,11 @@ def _check_row_bytes(name: str, row_bytes: int) -> None:
         )
 
 
-def _call(target: str, types: list[Type], operands, spec: Spec, **attributes) -> tuple[Array, ...]:
-    results = [_jax_compat.like(operands[0], shape, dtype) for shape, dtype in types]
+def _call(
+    target: str, types: list[Type], operands, spec: Spec, *, scratch=(), **attributes
+) -> tuple[Array, ...]:
+    """Results of these types; `scratch` are the types of more that only the kernels use."""
+    results = [_jax_compat.like(operands[0], shape, dtype) for shape, dtype in (*types, *scratch)]
     sizes = dict(
         num_ranks=spec.num_ranks,
         num_experts=spec.num_experts,
@@ -196,15 +199,20 @@ def _call(target: str, types: list[Type], operands, spec: Spec, **attributes) ->
         alignment=spec.alignment,
         num_sms=spec.config.num_sms or 0,
     )
-    return tuple(
-        jax.ffi.ffi_call(target, results)(
-            *operands,
+
+    def call(*arrays):
+        every = jax.ffi.ffi_call(target, results)(
+            *arrays,
             group=spec.group,
             batched=np.bool_(spec.layout == "batched"),
             **{name: np.int64(value) for name, value in sizes.items()},
             **attributes,
         )
-    )
+        return tuple(every[: len(types)])
+
+    if spec.config.overlap:
+        return tuple(_jax_compat.on_collective_stream(target, call, operands))
+    return call(*operands)
 
 
 def over_batch(function, batch: int, operands):

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one module that knows JAX versions (0.10.2 and newer)."""
 
+import itertools
 from typing import Any
 
 import jax
 import jax.extend.core
+import jax.numpy as jnp
 from jax import lax
 from jax._src import distributed
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType
 
 Device = Any  # what jax.devices() lists; jax.Device is a variable to type checkers
@@ -43,6 +46,36 @@ def partition_of(x) -> list[tuple[str, ...]]:
     spec = tuple(jax.typeof(x).sharding.spec)
     spec += (None,) * (x.ndim - len(spec))
     return [(e,) if isinstance(e, str) else tuple(e or ()) for e in spec]
+
+
+def on_collective_stream(name: str, function, operands) -> list:
+    """`function(*operands)` as one call `name` that XLA:GPU runs on the stream of its collectives.
+
+    The annotation is that of `jax.experimental.compute_on` for "gpu_stream:collective", which was a
+    context before JAX 0.11 and takes a function since. From 0.11.1 on XLA takes the annotation of a
+    call with several results for one of each result that is used alone, and runs that after it on
+    the same stream. So int32 results, which are small, leave the call as one array, and a barrier
+    uses the others together.
+    """
+    types = jax.eval_shape(function, *operands)
+    maps = [i for i, x in enumerate(types) if x.dtype == jnp.int32]
+
+    def call(*arrays):
+        results = function(*arrays)
+        flat = [results[i].reshape(-1) for i in maps]
+        rest = [x for i, x in enumerate(results) if i not in maps]
+        return [*rest, *([jnp.concatenate(flat)] if flat else [])]
+
+    call.__name__ = name
+    with set_xla_metadata(_xla_stream_annotation="collective", inlineable="false"):
+        results = jax.jit(call)(*operands)
+    results = list(lax.optimization_barrier(results) if len(results) > 1 else results)
+    if maps:
+        ends = list(itertools.accumulate(types[i].size for i in maps))
+        parts = jnp.split(results.pop(), ends[:-1])
+        for i, part in zip(maps, parts, strict=True):
+            results.insert(i, part.reshape(types[i].shape))
+    return results
 
 
 def trace_state() -> Any:

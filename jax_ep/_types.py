@@ -28,6 +28,9 @@ class Config:
     Args:
         num_sms: thread blocks (one per SM) the CUDA kernels take; None for the default derived
             from the link. The `xla` implementation ignores it.
+        overlap: whether XLA may run an operation beside independent compute, on the stream of its
+            own collectives; docs/overlap.md. All operations of a group in a program want the same
+            choice, as those of different streams could meet. The `xla` implementation ignores it.
         decode_tokens: most tokens per rank, T, that take the path for small batches on CUDA; 0
             switches it off. `initialize` sizes the slots of a group by this and the next.
         decode_row_bytes: most bytes of a row, H times the item size of `x` or `y`, that take it.
@@ -36,6 +39,7 @@ class Config:
     num_sms: int | None = None
     decode_tokens: int = 128
     decode_row_bytes: int = 16384
+    overlap: bool = False
 
     def __post_init__(self):
         n = self.num_sms
@@ -45,6 +49,8 @@ class Config:
             n = getattr(self, name)
             if not isinstance(n, int) or isinstance(n, bool) or n < 0:
                 raise ValueError(f"Config.{name}: expected a non-negative int, got {n!r}")
+        if not isinstance(self.overlap, bool):
+            raise ValueError(f"Config.overlap: expected a bool, got {self.overlap!r}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -205,3 +205,9 @@ def test_config_of_slots(name, value):
         ValueError, match=f"Config.{name}: expected a non-negative int, got {value}"
     ):
         jax_ep.Config(**{name: value})
+
+
+@pytest.mark.parametrize("overlap", [None, 1, "collective"])
+def test_config_of_overlap(overlap):
+    with pytest.raises(ValueError, match=f"Config.overlap: expected a bool, got {overlap!r}"):
+        jax_ep.Config(overlap=overlap)

@@ -248,6 +248,71 @@ def test_cuda_gradient_is_combine_and_dispatch(config, forward):
     assert targets == [*whole, "jax_ep_dispatch", "jax_ep_combine"]
 
 
+def in_halves(config, x, idx, weights):
+    sent = jax_ep.dispatch_start(x, idx, weights, num_experts=16, config=config)
+    d = jax_ep.dispatch_done(sent)
+    y = jnp.zeros(d.tokens.shape, x.dtype)
+    return jax_ep.combine_done(jax_ep.combine_start(y, d.handle, d.weights))
+
+
+def gradient(config, x, idx, weights):
+    loss = lambda x, w: (moe(x, idx, w, config=config).astype(jnp.float32) ** 2).sum()
+    return jax.grad(jax.checkpoint(loss), (0, 1))(x, weights)
+
+
+def scanned(config, x, idx, weights):
+    turn = lambda x, _: (moe(x, idx, weights, config=config), None)
+    return jax.lax.scan(turn, x, length=2)[0]
+
+
+def whole(config, x, idx, weights):
+    return moe(x, idx, weights, config=config)
+
+
+FORMS = [(whole, 0), (whole, 128), (gradient, 0), (gradient, 128), (scanned, 0), (in_halves, 128)]
+
+
+@with_cuda
+@pytest.mark.parametrize("f, tokens", FORMS)
+def test_overlap_annotates_every_call(f, tokens):
+    """Each custom call is alone in a function of its name, and calls of that have the annotation."""
+    config = jax_ep.Config(decode_tokens=tokens)
+    plain, beside = (
+        cuda_module(functools.partial(f, c), mesh_of_eight(True), *SHAPES)
+        for c in (config, dataclasses.replace(config, overlap=True))
+    )
+    assert "_xla_stream_annotation" not in plain
+    targets = sorted(target for target, _, _ in calls(plain))
+    bodies = re.findall(r"func\.func private @(jax_ep_[a-z_]*[a-z])(.*?)\n  }", beside, re.DOTALL)
+    assert [target for target, _, _ in calls(beside)] == [
+        target for name, body in bodies for target, _, _ in calls(body) if target == name
+    ]
+    called = re.findall(r"(?<!_)call @(jax_ep_[a-z_]*[a-z]).*?(collective|:)", beside)
+    assert sorted(called) == [(target, "collective") for target in targets]
+
+
+@with_cuda
+def test_overlap_leaves_maps_and_scratch_in_one_array():
+    f = functools.partial(whole, jax_ep.Config(decode_tokens=0, overlap=True))
+    module = cuda_module(f, mesh_of_eight(True), *SHAPES)
+    signatures = r"(?<!_)call @jax_ep_(\w+?)\(.* -> (.*)"
+    results = dict(re.findall(signatures, module))
+    words = 4 + 4 + 32 + 32 + 16 + 32 + 2 + 2 + 1
+    assert results == dict(
+        plan=f"tensor<{words}xi32>",
+        dispatch="(tensor<32x256xbf16>, tensor<32xf32>)",
+        combine="tensor<2x256xbf16>",
+    )
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_overlap_changes_nothing_elsewhere(overlap):
+    f = functools.partial(whole, jax_ep.Config(overlap=overlap))
+    mapped = jax.shard_map(f, mesh=make_mesh(), in_specs=P("expert"), out_specs=P("expert"))
+    module = jax.jit(mapped).lower(*SHAPES).as_text()
+    assert "_xla_stream_annotation" not in module and "jax_ep" not in module
+
+
 @pytest.mark.parametrize(
     "sizes, why",
     [
