@@ -385,7 +385,7 @@ ffi::Error slot_dispatch(cudaStream_t stream, const Attributes& a, int64_t phase
   s.add(kSlots).add(H).add(static_cast<int>(type)).add(wire).add(power_of_two);
   s.add(has_scales).add(has_scalars);
   p.call.signature = s.value();
-  return launched(launch_slot_dispatch(&p, x, element, how, launch_of(a, member, stream)),
+  return launched(launch_slot_dispatch(&p, x, element, how, H, launch_of(a, member, stream)),
                   "jax_ep_slot_dispatch");
 }
 
@@ -438,7 +438,7 @@ ffi::Error slot_combine(cudaStream_t stream, const Attributes& a, int64_t phase,
   Signature s = signature_of(a, Operation::kCombine);
   s.add(kSlots).add(H).add(static_cast<int>(type)).add(has_weights).add(wire).add(power_of_two);
   p.call.signature = s.value();
-  return launched(launch_slot_combine(&p, x, element, launch_of(a, member, stream)),
+  return launched(launch_slot_combine(&p, x, element, H, launch_of(a, member, stream)),
                   "jax_ep_slot_combine");
 }
 

@@ -81,9 +81,16 @@ __device__ __noinline__ inline void report_peer(const Call& call, Phase phase) {
   record_fault(call, Fault::kPeer, phase, who, 0, 0);
 }
 
+// Whether a thread of this block has given up; small batches look at it when they leave.
+__device__ inline volatile uint32_t& block_gave_up() {
+  __shared__ uint32_t gave_up;
+  return gave_up;
+}
+
 __device__ __noinline__ inline void report_failure(const Call& call, Fault fault, Phase phase,
                                                    int awaited, uint64_t seen, uint64_t wanted) {
   const int me = call.peers.rank;
+  block_gave_up() = 1;
   if (cas_acq_rel_sys(&header_of(call).broken, 0, 1 + me) != 0) {
     report_peer(call, phase);
     return;
@@ -99,6 +106,7 @@ __device__ __noinline__ inline bool is_hopeless(const Call& call, uint64_t tag, 
                                                 int from, Phase phase, uint64_t seen) {
   const Header& mine = header_of(call);
   if (load_relaxed(&mine.broken) != 0) {
+    block_gave_up() = 1;
     report_peer(call, phase);
     return true;
   }
@@ -123,34 +131,54 @@ __device__ __noinline__ inline bool await_longer(const Call& call, uint64_t tag,
 
 class Op {
  public:
-  // By all threads of a block: one of them reads the header, so that not every thread of the GPU
-  // asks for the same line.
-  __device__ explicit Op(const Call& call) : Op(call, [] {}) {}
-  // `meanwhile`: what other warps read at the same time, for all threads of the block.
-  template <typename Meanwhile>
-  __device__ Op(const Call& call, Meanwhile&& meanwhile)
+  // By all threads of a block. The first warp reads the header.
+  __device__ explicit Op(const Call& call)
+      : Op(call, [&] {
+          if (threadIdx.x < 32) read_header(call);
+          __syncthreads();
+        }) {}
+  // `read`: brings the header as `read_header` does, for all threads of the block.
+  template <typename Read>
+  __device__ Op(const Call& call, Read&& read)
       : call(call), me(call.peers.rank), R(call.peers.num_ranks) {
-    __shared__ uint64_t epoch, plans, broken, generation;
-    __shared__ unsigned long long began;
-    if (blockIdx.x == 0 && threadIdx.x == 64) began = atomicAdd(&header().began, 1ull);
-    if (threadIdx.x == 0) {
-      const Header& mine = header();  // the four loads are in flight together
-      epoch = load_relaxed(&mine.epoch) + 1;
-      plans = load_relaxed(&mine.plans);
-      broken = load_relaxed(&mine.broken);
-      generation = load_relaxed(&mine.generation);
-    }
-    meanwhile();
-    __syncthreads();
-    epoch_ = epoch;
-    plans_ = plans;
-    was_broken_ = broken;
-    is_busy_ = blockIdx.x == 0 && began + 1 != epoch;
-    tag = make_tag(generation, epoch_, call.signature);
+    read();
+    const Header& was = as_read();
+    epoch_ = was.epoch + 1;
+    plans_ = was.plans;
+    was_broken_ = was.broken;
+    is_busy_ =
+        blockIdx.x == 0 && (entry()[kBegan] + 1 != epoch_ || entry()[kSlotLeft] != was.slot_blocks);
+    tag = make_tag(was.generation, epoch_, call.signature);
   }
+
+  // By one warp, for its block: the header's first line, by one request, so that not every thread
+  // of the GPU asks for it; `ticket`, if there is one; and, by block 0, what tells whether another
+  // operation is running.
+  __device__ static void read_header(const Call& call, const int32_t* ticket = nullptr) {
+    Header& mine = header_of(call);
+    const int lane = lane_id();
+    const bool is_first = blockIdx.x == 0;
+    // All in flight together: each its own register, or one load for all lanes.
+    int given = 0;
+    unsigned long long count = 0;
+    if (lane == kTicket && ticket != nullptr) given = *ticket;
+    if (lane == kBegan && is_first) count = atomicAdd(&mine.began, 1ull);
+    const uint64_t* at = reinterpret_cast<const uint64_t*>(&mine) + lane;
+    if (lane == kSlotLeft) at = &mine.slot_left;
+    uint64_t word = 0;
+    if (lane < kHeaderLine || (lane == kSlotLeft && is_first)) word = load_relaxed(at);
+    if (lane == kTicket) word = given;
+    if (lane == kBegan) word = count;
+    entry()[lane] = word;
+  }
+  // The header as it was then, but for what is behind its first line.
+  __device__ static const Header& as_read() { return *reinterpret_cast<const Header*>(entry()); }
+  __device__ static int ticket_read() { return static_cast<int>(entry()[kTicket]); }
 
   __device__ Block block(int rank) const { return Block(call.peers, rank); }
   __device__ Header& header() const { return block(me).header(); }
+
+  __device__ uint64_t epoch() const { return epoch_; }
 
   // Plans that were complete, and whether some rank had failed, when this operation began.
   __device__ uint64_t plans() const { return plans_; }
@@ -229,14 +257,9 @@ class Op {
   }
 
   // Every thread of every block calls this last; the last block runs `poison` if the group is
-  // broken, completes the epoch, and by one thread whatever `complete` counts in the header. The
-  // next kernel on the stream sees it.
+  // broken, and completes the epoch. The next kernel on the stream sees it.
   template <typename Poison>
   __device__ void leave(Poison&& poison) const {
-    leave(poison, [](Header&) {});
-  }
-  template <typename Poison, typename Complete>
-  __device__ void leave(Poison&& poison, Complete&& complete) const {
     __shared__ bool last, failed;  // decided once: what follows has block barriers
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -258,11 +281,21 @@ class Op {
       mine.local_ticket = 0;
       mine.epoch = epoch_;
       if (call.operation == Operation::kPlan) mine.plans = plans_ + 1;
-      complete(mine);
     }
   }
 
  private:
+  // Words of `entry`.
+  enum Word { kHeaderLine = 16, kTicket = 29, kSlotLeft = 30, kBegan = 31 };
+  static_assert(offsetof(Header, left) == kHeaderLine * sizeof(uint64_t));
+
+  // What `read_header` has read; one of each block, in shared memory of a function, so that this
+  // header may hold it.
+  __device__ static uint64_t* entry() {
+    __shared__ alignas(128) uint64_t words[32];
+    return words;
+  }
+
   // Nobody writes into my outputs after this: what is open is revoked, and who has taken a lease is
   // awaited until it has left the operation (or is long dead). By the last block of a broken
   // launch.

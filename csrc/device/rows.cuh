@@ -31,6 +31,22 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
 
+// The value whose bits these are.
+template <typename T>
+__device__ __forceinline__ float from_bits(uint32_t bits);
+template <>
+__device__ __forceinline__ float from_bits<float>(uint32_t bits) {
+  return __uint_as_float(bits);
+}
+template <>
+__device__ __forceinline__ float from_bits<__half>(uint32_t bits) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+template <>
+__device__ __forceinline__ float from_bits<__nv_bfloat16>(uint32_t bits) {
+  return __uint_as_float(bits << 16);
+}
+
 // The elements of one Vec.
 template <typename T>
 struct Pack {
@@ -51,6 +67,7 @@ struct Fp8 {
   union {
     Word word;
     __nv_fp8_storage_t q[kCount];
+    uint32_t four[kCount / 4];
   };
   __device__ Fp8() {}
   __device__ explicit Fp8(const Word& w) : word(w) {}
@@ -61,22 +78,34 @@ __device__ __forceinline__ float to_float(const Fp8<T>& v, int i) {
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(v.q[i], __NV_E4M3)));
 }
 
-// One scale per 128 channels: amax / 448, e4m3(x * (1 / scale)), saturating. NaN stays NaN: the
-// maximum is taken over the bits of |x|, where NaN is largest. Each lane brings one Vec, so 16 or
-// 32 lanes share a scale; all lanes of the warp take part.
+// The largest |x| of a Vec of each of the lanes that share a scale, by the bits of |x|, which are
+// ordered as the values are, NaN largest. Types of 16 bits go two at a time.
 template <typename T>
-__device__ __forceinline__ Fp8<T> quantize(const Pack<T>& x, bool power_of_two, float* scale_out) {
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < Pack<T>::kCount; ++i) {
-    bits = max(bits, __float_as_uint(to_float(x.element[i])) & 0x7fffffffu);
+__device__ __forceinline__ float block_amax(const Pack<T>& x) {
+  uint32_t bits;
+  if constexpr (sizeof(T) == 2) {
+    constexpr uint32_t kNoSigns = 0x7fff7fffu;
+    const uint32_t two = __vmaxu2(__vmaxu2(x.vec.x & kNoSigns, x.vec.y & kNoSigns),
+                                  __vmaxu2(x.vec.z & kNoSigns, x.vec.w & kNoSigns));
+    bits = max(two & 0xffffu, two >> 16);
+  } else {
+    constexpr uint32_t kNoSign = 0x7fffffffu;
+    bits =
+        max(max(x.vec.x & kNoSign, x.vec.y & kNoSign), max(x.vec.z & kNoSign, x.vec.w & kNoSign));
   }
 #pragma unroll
   for (int d = 1; d < kScaleBlock / Pack<T>::kCount; d *= 2) {
     bits = max(bits, __shfl_xor_sync(kAllLanes, bits, d));
   }
+  return from_bits<T>(bits);
+}
+
+// One scale per 128 channels: amax / 448, e4m3(x * (1 / scale)), saturating. NaN stays NaN. Each
+// lane brings one Vec, so 16 or 32 lanes share a scale; all lanes of the warp take part.
+template <typename T>
+__device__ __forceinline__ Fp8<T> quantize(const Pack<T>& x, bool power_of_two, float* scale_out) {
   const float tiny = __uint_as_float(0x00800000u);  // smallest normal
-  const float amax = __uint_as_float(bits);
+  const float amax = block_amax(x);
   float scale = 1.0f;
   if (!(amax < tiny)) {
     scale = __fmul_rn(amax, 1.0f / 448.0f);
@@ -91,9 +120,8 @@ __device__ __forceinline__ Fp8<T> quantize(const Pack<T>& x, bool power_of_two, 
   for (int i = 0; i < Pack<T>::kCount; i += 2) {
     const float2 two = {__fmul_rn(to_float(x.element[i]), inverse),
                         __fmul_rn(to_float(x.element[i + 1]), inverse)};
-    const __nv_fp8x2_storage_t both = __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3);
-    out.q[i] = static_cast<__nv_fp8_storage_t>(both & 0xff);
-    out.q[i + 1] = static_cast<__nv_fp8_storage_t>(both >> 8);
+    const uint32_t both = __nv_cvt_float2_to_fp8x2(two, __NV_SATFINITE, __NV_E4M3);
+    out.four[i / 4] = i % 4 == 0 ? both : out.four[i / 4] | both << 16;  // bytes go to the stack
   }
   *scale_out = scale;
   return out;

@@ -10,6 +10,7 @@
 // of n, as starts and dones of one kind take turns on a rank's stream. A start that finds another
 // in flight is an error and pushes nothing.
 #pragma once
+#include "../plan/tiling.h"
 #include "op.cuh"
 #include "warp.cuh"
 
@@ -23,7 +24,7 @@ constexpr int kDataThreads = 32 * kDataWarps;
 __device__ __forceinline__ bool is_post_warp() { return threadIdx.x >= kDataThreads; }
 
 // Barriers of a block besides __syncthreads.
-enum Barrier { kPushed = 1, kData = 2, kPlanned = 3, kPosted = 4 };
+enum Barrier { kPushed = 1, kData = 2, kPlanned = 3, kPosted = 4, kArrived = 5, kOpened = 6 };
 
 // By the data warps.
 __device__ __forceinline__ void data_sync() {
@@ -50,6 +51,13 @@ __device__ __forceinline__ void rows_pushed(bool last) {
   }
 }
 
+// By all warps: the data warps wait until the post warp says whether what they need from peers is
+// there, which is what `mine` is there.
+__device__ __forceinline__ bool all_arrived(bool mine) {
+  __syncwarp();
+  return bar_and(kArrived, kSlotThreads, mine);
+}
+
 // A set of ranks.
 struct RankSet {
   unsigned low = 0, high = 0;
@@ -62,6 +70,41 @@ struct RankSet {
     return s;
   }
   __device__ bool has(int rank) const { return (rank < 32 ? low : high) >> (rank % 32) & 1; }
+};
+
+// A token of the group: number t of rank `source`.
+struct Token {
+  int source, t;
+  __device__ int of_group(int T) const { return source * T + t; }
+};
+
+// The tokens that a block works on: some of its own rank's, and some of the peers'.
+struct Share {
+  int own, peers;  // how many
+  int me, R, T;
+
+  __device__ Share(const Divider& by_blocks, int me, int R, int T) : me(me), R(R), T(T) {
+    auto count = [&](int first, int n) {
+      return first < n ? by_blocks(n - first + gridDim.x - 1) : 0;
+    };
+    own = count(blockIdx.x, T);
+    peers = count(last(), (R - 1) * T);
+  }
+  __device__ int all() const { return own + peers; }
+  // The i-th of each kind; of all, own ones first.
+  __device__ int own_token(int i) const { return blockIdx.x + i * gridDim.x; }
+  __device__ Token peer(const Divider& by_tokens, int i) const {
+    const int n = last() + i * gridDim.x, peer = by_tokens(n);
+    const int source = me + 1 + peer;
+    return {source < R ? source : source - R, n - peer * T};
+  }
+  __device__ Token any(const Divider& by_tokens, int i) const {
+    return i < own ? Token{me, own_token(i)} : peer(by_tokens, i - own);
+  }
+
+ private:
+  // Peers' tokens are dealt out from the last block on, which has fewer own ones.
+  __device__ static int last() { return gridDim.x - 1 - blockIdx.x; }
 };
 
 // What one rank has sent to another.
@@ -97,16 +140,41 @@ struct SlotRow {
 };
 
 // An operation on slots, or one half of it.
+//
+// Its blocks do not wait for the last one to leave: that of the blocks which was the last to begin
+// completes the epoch, as all have then read the header. Who has left is only counted: for the next
+// operation, which finds out whether this one is still running, and for a block that has given up,
+// which waits for all others and then poisons the results.
 class SlotOp {
  public:
-  // By all threads of a block, at least 64 of them.
+  // By all threads of a block, first of all; a barrier of the data warps.
+  __device__ static void open() {
+    if (is_counter()) {
+      init_barrier(entered(), 1);
+      block_gave_up() = 0;
+    }
+    __syncwarp();
+    if (is_post_warp()) {
+      bar_arrive(kOpened, kSlotThreads);
+    } else {
+      bar_sync(kOpened, kSlotThreads);
+    }
+  }
+  // By all threads of a block. The post warp reads the header; a data warp comes when it likes, and
+  // does not wait for the others.
   __device__ SlotOp(const Call& call, SlotKind kind, Half half, const int32_t* ticket)
-      : op(call, [&] { read_turn(call, kind, half, ticket); }), kind_(kind), half_(half) {
-    started_ = turn().started + (half == Half::kDone ? 0 : 1);
-    tag = make_tag(turn().generation, started_, call.signature);
+      : op(call, [&] { enter(call, half == Half::kDone ? ticket : nullptr); }),
+        kind_(kind),
+        half_(half) {
+    const Header& was = Op::as_read();
+    const int i = index();
+    started_ = was.started[i] + (half == Half::kDone ? 0 : 1);
+    is_mine_ = half == Half::kDone ? Op::ticket_read() == this->ticket() : was.in_flight[i] == 0;
+    tag = make_tag(was.generation, started_, call.signature);
     const Peers& peers = call.peers;
-    first_ = peers.at.total + (static_cast<int>(kind) * 2 + static_cast<int>(started_ & 1)) * op.R *
-                                  peers.slots.total;
+    first_ = peers.at.total + (i * 2 + static_cast<int>(started_ & 1)) * op.R * peers.slots.total;
+    // Not before this thread has the header.
+    if (is_counter()) begun_ = atomicAdd(&op.header().slot_begun, 1u);
   }
 
   __device__ bool pushes() const { return half_ != Half::kDone; }
@@ -115,10 +183,11 @@ class SlotOp {
 
   // With one answer for all threads of a block. True: nothing is pushed or awaited.
   __device__ bool began_broken() const {
-    if (op.began_broken()) return true;
-    if (turn().is_mine) return false;
-    if (threadIdx.x == 0) {
-      op.fail(Fault::kInFlight, Phase::kEntry, op.me, turn().started, turn().ticket);
+    const bool broken = op.began_broken();
+    if (!broken && is_mine_) return false;
+    if (is_counter()) {
+      block_gave_up() = 1;
+      if (!broken) op.fail(Fault::kInFlight, Phase::kEntry, op.me, started_, Op::ticket_read());
     }
     return true;
   }
@@ -155,41 +224,69 @@ class SlotOp {
     return load_acquire_sys(word) == tag || await_longer(op.call, tag, word, from, phase);
   }
 
-  // Every thread of every block calls this last.
+  // The results of this rank are to be poisoned.
+  __device__ void give_up() const { block_gave_up() = 1; }
+
+  // Every thread of every block calls this last. If some have given up, one block poisons the
+  // results.
   template <typename Poison>
   __device__ void leave(int32_t* ticket, Poison&& poison) const {
-    op.leave(poison, [&](Header& mine) {
-      if (ticket != nullptr) *ticket = this->ticket();
-      mine.started[index()] = started_;
-      mine.in_flight[index()] = half_ == Half::kStart;
-    });
+    __shared__ bool poisons;
+    __syncthreads();
+    const bool gave_up = block_gave_up();
+    if (is_counter()) {
+      Header& mine = op.header();
+      if (begun_ + 1 == gridDim.x) complete(mine, ticket);
+      poisons = gave_up && atomicExch(&mine.slot_poisoned, op.epoch()) != op.epoch();
+      add_release_gpu(&mine.slot_left, 1);  // publishes the block's results to who poisons them
+    }
+    if (!gave_up) return;
+    __syncthreads();
+    if (!poisons) return;
+    if (is_counter()) {
+      await_leaving();
+      report_peer(op.call, Phase::kEntry);  // nobody may have waited
+    }
+    __syncthreads();
+    poison();
   }
 
  private:
-  struct Turn {
-    uint64_t started, in_flight, generation;
-    int ticket;  // of `done`; 0: this is a start
-    bool is_mine;
-  };
-  // One of each block; shared memory of a function, so that headers may hold it.
-  static __device__ Turn& turn() {
-    __shared__ Turn t;
-    return t;
+  // The thread that counts its block.
+  __device__ static bool is_counter() { return threadIdx.x == kDataThreads; }
+
+  __device__ static void enter(const Call& call, const int32_t* ticket) {
+    if (is_post_warp()) {
+      Op::read_header(call, ticket);
+      __syncwarp();
+      if (is_counter()) arrive(entered());  // publishes it to the data warps
+      return;
+    }
+    while (!is_complete_soon(entered(), 0)) {
+    }
   }
-  // By another warp than the one that reads the rest of the header, at the same time.
-  static __device__ void read_turn(const Call& call, SlotKind kind, Half half,
-                                   const int32_t* ticket) {
-    if (threadIdx.x != 32) return;
-    const Header& mine = header_of(call);
-    const int i = static_cast<int>(kind);
-    Turn t;
-    t.started = load_relaxed(&mine.started[i]);
-    t.in_flight = load_relaxed(&mine.in_flight[i]);
-    t.generation = load_relaxed(&mine.generation);
-    t.ticket = half == Half::kDone ? *ticket : 0;
-    t.is_mine = half == Half::kDone ? t.ticket == static_cast<int>(t.started & 0x7fffffff)
-                                    : t.in_flight == 0;
-    turn() = t;
+  // Complete when the block's header has been read.
+  __device__ static uint32_t entered() {
+    __shared__ uint64_t barrier;
+    return shared_address(&barrier);
+  }
+
+  // The next kernel on the stream sees it.
+  __device__ void complete(Header& mine, int32_t* ticket) const {
+    if (ticket != nullptr) *ticket = this->ticket();
+    mine.started[index()] = started_;
+    mine.in_flight[index()] = half_ == Half::kStart;
+    mine.slot_blocks = all_left();
+    mine.slot_begun = 0;
+    mine.epoch = op.epoch();
+  }
+  // `slot_left` when all blocks of this operation have left.
+  __device__ uint64_t all_left() const { return Op::as_read().slot_blocks + gridDim.x; }
+  // They do in bounded time, as the group is broken.
+  __device__ void await_leaving() const {
+    const uint64_t start = now_ns(), bound = op.header().timeout_ns / 4 * 5;
+    while (load_acquire_gpu(&op.header().slot_left) < all_left() && now_ns() - start < bound) {
+    }
   }
   __device__ int index() const { return static_cast<int>(kind_); }
 
@@ -201,7 +298,9 @@ class SlotOp {
   SlotKind kind_;
   Half half_;
   uint64_t started_;
-  size_t first_;  // of this kind and parity, from the control block on
+  bool is_mine_;
+  uint32_t begun_ = ~0u - 1;  // blocks that began before this one, of the thread that counts
+  size_t first_;              // of this kind and parity, from the control block on
 };
 
 }  // namespace jax_ep

@@ -20,6 +20,10 @@ enum class Operation : uint32_t {
 };
 enum class Element : uint32_t { kBf16 = 0, kF16 = 1, kF32 = 2, kFp8 = 3 };
 
+JAX_EP_HD int element_bytes(Element e) {
+  return e == Element::kF32 ? 4 : e == Element::kFp8 ? 1 : 2;
+}
+
 // What happens to a row on its way.
 enum class Wire : uint32_t {
   kCopy = 0,         // bytes as they are
@@ -178,8 +182,8 @@ cudaError_t launch_dispatch(const DispatchParams* params, Element x, Wire wire, 
                             const Launch& how);
 cudaError_t launch_combine(const CombineParams* params, Element y, const Launch& how);
 cudaError_t launch_slot_dispatch(const SlotDispatchParams* params, const Exchange& e, Element x,
-                                 Wire wire, const Launch& how);
+                                 Wire wire, int hidden, const Launch& how);
 cudaError_t launch_slot_combine(const SlotCombineParams* params, const Exchange& e, Element y,
-                                const Launch& how);
+                                int hidden, const Launch& how);
 
 }  // namespace jax_ep

@@ -66,18 +66,31 @@ __device__ inline void ragged_segments(const PlanSizes& sizes, int A, const Want
   const int from = first + min_int(lane_id() * per_lane, local);
   const int to = min_int(from + per_lane, first + local);
   int mine = 0, all;
+#pragma unroll 4
   for (int e = from; e < to; ++e) mine += wanted.blocks[e];
   int before = warp_prefix(mine, &all);
   if (all > budget) {  // the same in all lanes
     before = warp_prefix(cut_to_budget(wanted.blocks, from, to, budget), &all);
   }
   int start = before * A;
-  for (int e = from; e < to; ++e) {
-    const int room = wanted.blocks[e] * A;
-    seg.kept[e] = min_int(wanted.totals[e], room);
-    seg.start[e] = start;
-    seg.room[e] = room;
-    start += room;
+  constexpr int kBatch = 4;  // loads that stores do not wait for
+  for (int base = from; base < to; base += kBatch) {
+    int blocks[kBatch], totals[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int e = min_int(base + j, to - 1);
+      blocks[j] = wanted.blocks[e];
+      totals[j] = wanted.totals[e];
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int e = base + j, room = blocks[j] * A;
+      if (e >= to) break;
+      seg.kept[e] = min_int(totals[j], room);
+      seg.start[e] = start;
+      seg.room[e] = room;
+      start += room;
+    }
   }
 }
 

@@ -21,91 +21,40 @@
 #include "../device/rows.cuh"
 #include "../device/slots.cuh"
 #include "launch.h"
+#include "slot_sizes.h"
 
 namespace jax_ep {
 namespace {
 
-constexpr int kGroup = 8;     // tokens that a block takes at a time
 constexpr int kInFlight = 4;  // rows whose loads a thread has issued
 
-// What a block works on: tokens of peers, whose partials it pushes, and tokens of its own rank,
-// which it adds up; the i-th of each.
-struct Share {
-  int peers, own;  // how many
-  int me, R, T;
+struct Task {
+  int n, vec;  // the n-th token, this lane's vector of it
 
-  __device__ Share(int me, int R, int T)
-      : peers(count(last(), (R - 1) * T)), own(count(blockIdx.x, T)), me(me), R(R), T(T) {}
-  __device__ int source(int i) const { return (me + 1 + (last() + i * gridDim.x) / T) % R; }
-  __device__ int peer_token(int i) const { return (last() + i * gridDim.x) % T; }
-  __device__ int own_token(int i) const { return blockIdx.x + i * gridDim.x; }
-
- private:
-  // Peers' tokens are dealt out from the last block on, which has fewer of its own.
-  __device__ static int last() { return gridDim.x - 1 - blockIdx.x; }
-  __device__ static int count(int first, int n) {
-    return first < n ? ceil_div(n - first, gridDim.x) : 0;
+  __device__ Task(const SlotCombineSizes& sizes, int number) : n(sizes.by_tasks(number)) {
+    vec = (number - n * sizes.tasks) * 32 + lane_id();
   }
 };
 
-// The rows here of up to kGroup tokens, in row order, and their weights.
-struct Rows {
-  int row[kGroup][kMaxTopK];
-  float weight[kGroup][kMaxTopK];
-  int count[kGroup];
-};
+// This lane's row here of a token, the first lanes having them all, and its weight.
+struct Row {
+  int row = -1;
+  float weight = 1.0f;
 
-// Which ranks hold rows of up to kGroup tokens of mine.
-struct Holders {
-  unsigned low[kGroup], high[kGroup];
-  __device__ bool has(int n, int rank) const {
-    return (rank < 32 ? low[n] : high[n]) >> (rank % 32) & 1;
+  __device__ Row() {}
+  // `token` of the group.
+  __device__ Row(const SlotCombineParams& p, int token) {
+    const int K = p.exchange.top_k;
+    if (lane_id() < K) row = p.token_rows[size_t(token) * K + lane_id()];
+    if (row >= 0 && p.weights != nullptr) weight = p.weights[row];
   }
 };
 
-// A block's shared memory.
-struct Found {
-  Rows peers, own;
-  Holders holders;
-};
-
-// By one warp: of token `token` of the group, the n-th at hand.
-__device__ void find_rows(const SlotCombineParams& p, int token, int n, Rows& rows) {
-  const int K = p.exchange.top_k, k = lane_id();
-  const int row = k < K ? p.token_rows[size_t(token) * K + k] : -1;
-  const unsigned kept = __ballot_sync(kAllLanes, row >= 0);  // the first ones
-  if (row >= 0) {
-    rows.row[n][k] = row;
-    rows.weight[n][k] = p.weights != nullptr ? p.weights[row] : 1.0f;
-  }
-  if (k == 0) rows.count[n] = __popc(kept);
-}
-
-// By one warp: of my token t, the n-th at hand.
-__device__ void find_holders(const SlotCombineParams& p, int t, int n, Holders& holders) {
-  const int K = p.exchange.top_k, k = lane_id(), pair = t * K + k;
-  const int rank = k < K && p.pair_row[pair] >= 0 ? p.pair_rank[pair] : -1;
-  const RankSet set = RankSet::of_lanes(rank);
-  if (k != 0) return;
-  holders.low[n] = set.low;
-  holders.high[n] = set.high;
-}
-
-// By three times kGroup data warps: all that, of the tokens from the first-th on of both kinds.
-__device__ void find(const SlotCombineParams& p, const Share& share, int first, Found& found) {
-  const int n = threadIdx.x / 32 % kGroup, i = first + n;
-  switch (threadIdx.x / 32 / kGroup) {
-    case 0:
-      if (i < share.peers)
-        find_rows(p, share.source(i) * share.T + share.peer_token(i), n, found.peers);
-      break;
-    case 1:
-      if (i < share.own) find_rows(p, share.me * share.T + share.own_token(i), n, found.own);
-      break;
-    case 2:
-      if (i < share.own) find_holders(p, share.own_token(i), n, found.holders);
-      break;
-  }
+// By one warp: the ranks that hold rows of my token t.
+__device__ RankSet holders_of(const SlotCombineParams& p, int t) {
+  const int K = p.exchange.top_k, pair = t * K + lane_id();
+  const bool kept = lane_id() < K && p.pair_row[pair] >= 0;
+  return RankSet::of_lanes(kept ? p.pair_rank[pair] : -1);
 }
 
 // Float32 sums of one Vec of a row.
@@ -136,24 +85,26 @@ struct Sum {
   }
 };
 
-// Vec `vec` of the partial of the rows of token `n`.
+// By one warp: this lane's vector of the partial of the rows that the lanes hold.
 template <typename T>
-__device__ Pack<T> partial_of(const SlotCombineParams& p, const Rows& rows, int n, int vec,
-                              int row_bytes) {
+__device__ Pack<T> partial_of(const SlotCombineParams& p, const SlotCombineSizes& sizes,
+                              const Row& rows, int vec) {
   Sum<T> sum;
-  const int count = rows.count[n];
+  const int count = __popc(__ballot_sync(kAllLanes, rows.row >= 0));
+  const auto* y = reinterpret_cast<const Vec*>(p.y) + vec;
 #pragma unroll 1
   for (int base = 0; base < count; base += kInFlight) {
     Vec v[kInFlight];
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      if (base + j >= count) break;
-      const char* row = p.y + size_t(rows.row[n][base + j]) * row_bytes;
-      v[j] = load_input(reinterpret_cast<const Vec*>(row) + vec);
+      const int row = __shfl_sync(kAllLanes, rows.row, base + j);
+      v[j] = Vec{};
+      if (base + j < count && vec < sizes.vecs) v[j] = load_input(y + size_t(row) * sizes.vecs);
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
-      if (base + j < count) sum.add(v[j], p.weights != nullptr, rows.weight[n][base + j]);
+      const float weight = __shfl_sync(kAllLanes, rows.weight, base + j);
+      if (base + j < count) sum.add(v[j], p.weights != nullptr, weight);
     }
   }
   return sum.rounded();
@@ -165,95 +116,154 @@ __device__ SlotRow slot_row(const SlotCombineParams& p) {
   return {p.hidden * int(sizeof(T)), 0};
 }
 
-// By the data warps: partials of the block's peers' tokens from the first-th on, `count` of them.
+// A vector of a partial as it travels. All lanes of a warp take part in the making.
 template <typename T>
-__device__ void push_group(const SlotCombineParams& p, const SlotOp& s, const Share& share,
-                           int first, int count, const Rows& rows) {
-  using Word = typename Fp8<T>::Word;
-  constexpr int kLanes = kScaleBlock / Pack<T>::kCount;
-  const int row_bytes = p.hidden * int(sizeof(T)), vecs = row_bytes / int(sizeof(Vec));
-  const SlotRow lie = slot_row<T>(p);
-  const int padded = (vecs + 31) / 32 * 32;
-#pragma unroll 1
-  for (int i = threadIdx.x; i < count * padded; i += kDataThreads) {
-    const int n = i / padded, vec = i - n * padded;
-    if (rows.count[n] == 0) continue;
-    char* slot = s.outbox(share.source(first + n)).slot(share.peer_token(first + n));
-    const Pack<T> partial = vec < vecs ? partial_of<T>(p, rows, n, vec, row_bytes) : Pack<T>(Vec{});
+struct Piece {
+  Pack<T> partial{Vec{}};
+  Fp8<T> q;  // if partials travel quantised
+  float scale;
+
+  __device__ Piece() {}
+  __device__ Piece(const SlotCombineParams& p, const Pack<T>& partial) : partial(partial) {
+    if (p.quantized) q = quantize(partial, p.power_of_two_scales, &scale);
+  }
+  __device__ void store(const SlotCombineParams& p, char* slot, int vec) const {
+    constexpr int kLanes = kScaleBlock / Pack<T>::kCount;
     if (p.quantized) {
-      float scale;
-      const Fp8<T> q = quantize(partial, p.power_of_two_scales, &scale);
-      if (vec < vecs) {
-        reinterpret_cast<Word*>(slot)[vec] = q.word;
-        if (vec % kLanes == 0) lie.scales_of(slot)[vec / kLanes] = scale;
-      }
-    } else if (vec < vecs) {
+      reinterpret_cast<typename Fp8<T>::Word*>(slot)[vec] = q.word;
+      if (vec % kLanes == 0) slot_row<T>(p).scales_of(slot)[vec / kLanes] = scale;
+    } else {
       store_row(reinterpret_cast<Vec*>(slot) + vec, partial.vec);
     }
   }
+};
+
+// What a warp does before it knows anything of the operation: the first of its tasks of each kind,
+// up to the point where it needs the peers.
+template <typename T>
+struct Early {
+  bool any = false;  // rows here of the peer's token
+  Piece<T> piece;    // of its partial
+  Row own;           // rows here of my token
+  RankSet holders;   // of it
+};
+
+template <typename T>
+__device__ Early<T> work_early(const SlotCombineParams& p, const SlotCombineSizes& sizes,
+                               const Share& share) {
+  Early<T> early;
+  const Task task(sizes, threadIdx.x / 32);
+  const bool pushes = p.half != Half::kDone && task.n < min_int(share.peers, kSlotGroup);
+  const bool sums = p.half != Half::kStart && task.n < share.own;
+  Row peers;
+  if (pushes) peers = Row(p, share.peer(sizes.by_tokens, task.n).of_group(share.T));
+  if (sums) early.own = Row(p, share.me * share.T + share.own_token(task.n));
+  if (sums) early.holders = holders_of(p, share.own_token(task.n));
+  early.any = __any_sync(kAllLanes, peers.row >= 0);
+  if (early.any) early.piece = Piece<T>(p, partial_of<T>(p, sizes, peers, task.vec));
+  return early;
 }
 
-// By the data warps. The first group has been found.
+// By the data warps: partials of the block's peers' tokens.
 template <typename T>
-__device__ void push_partials(const SlotCombineParams& p, const SlotOp& s, const Share& share,
-                              Found& found) {
+__device__ void push_partials(const SlotCombineParams& p, const SlotCombineSizes& sizes,
+                              const SlotOp& s, const Share& share, const Early<T>& early) {
 #pragma unroll 1
-  for (int first = 0; first < share.peers; first += kGroup) {
-    if (first > 0) {
-      find(p, share, first, found);
-      data_sync();
+  for (int first = 0; first < share.peers; first += kSlotGroup) {
+    const int tasks = min_int(kSlotGroup, share.peers - first) * sizes.tasks;
+#pragma unroll 1
+    for (int i = threadIdx.x / 32; i < tasks; i += kDataWarps) {
+      const Task task(sizes, i);
+      const Token token = share.peer(sizes.by_tokens, first + task.n);
+      bool any = early.any;
+      Piece<T> piece = early.piece;
+      if (first > 0 || i >= kDataWarps) {
+        const Row rows(p, token.of_group(share.T));
+        any = __any_sync(kAllLanes, rows.row >= 0);
+        if (any) piece = Piece<T>(p, partial_of<T>(p, sizes, rows, task.vec));
+      }
+      char* slot = s.outbox(token.source).slot(token.t);
+      if (any && task.vec < sizes.vecs) piece.store(p, slot, task.vec);
     }
-    push_group<T>(p, s, share, first, min_int(kGroup, share.peers - first), found.peers);
-    rows_pushed(first + kGroup >= share.peers);
+    rows_pushed(first + kSlotGroup >= share.peers);
   }
 }
 
 // By the post warp: flags of the partials, once they are pushed.
-__device__ void post_partials(const SlotCombineParams& p, const SlotOp& s, const Share& share) {
+__device__ void post_partials(const SlotCombineParams& p, const SlotCombineSizes& sizes,
+                              const SlotOp& s, const Share& share) {
   if (blockIdx.x == 0) s.greet();
 #pragma unroll 1
-  for (int first = 0; first < share.peers; first += kGroup) {
+  for (int first = 0; first < share.peers; first += kSlotGroup) {
     const int i = first + lane_id();
-    const bool mine = lane_id() < kGroup && i < share.peers;
-    const int source = share.source(i), t = share.peer_token(i);
-    const bool any = mine && p.token_rows[(size_t(source) * share.T + t) * p.exchange.top_k] >= 0;
-    rows_pushed(first + kGroup >= share.peers);
-    if (any) store_release_sys(s.outbox(source).flag(t), s.tag);  // publishes the partial
+    const bool mine = lane_id() < kSlotGroup && i < share.peers;
+    const Token token = share.peer(sizes.by_tokens, mine ? i : 0);
+    const bool any = mine && p.token_rows[size_t(token.of_group(share.T)) * p.exchange.top_k] >= 0;
+    rows_pushed(first + kSlotGroup >= share.peers);
+    if (any) store_release_sys(s.outbox(token.source).flag(token.t), s.tag);  // publishes it
   }
 }
 
-// By the data warps: wait for the partials of the block's own tokens from the first-th on. False,
-// for this thread: give up.
-__device__ bool await_group(const SlotOp& s, const Share& share, int first, int count,
-                            const Holders& holders) {
-  bool there = true;
+// Whether rank r holds rows of my token t.
+__device__ bool is_holder(const SlotCombineParams& p, int t, int r) {
+  const int K = p.exchange.top_k;
+  int holds = 0;
+#pragma unroll 4
+  for (int pair = t * K; pair < (t + 1) * K; ++pair) {
+    holds |= int(p.pair_row[pair] >= 0) & int(p.pair_rank[pair] == r);  // loads do not wait
+  }
+  return holds != 0;
+}
+
+// One partial that the post warp awaits for the data warps, of each lane.
+struct Awaited {
+  int i, rank;  // the block's i-th own token
+  bool wanted;
+
+  // Number `number` of those of the tokens from the first-th on, up to kSlotGroup.
+  __device__ Awaited(const SlotCombineParams& p, const Share& share, int first, int number)
+      : i(first + number / share.R), rank(number % share.R) {
+    const bool any = i < min_int(first + kSlotGroup, share.own) && rank != share.me;
+    wanted = any && is_holder(p, share.own_token(i), rank);
+  }
+};
+
+// By the post warp; `early` is the lane's first. False: give up.
+__device__ bool await_partials(const SlotCombineParams& p, const SlotOp& s, const Share& share,
+                               const Awaited& early) {
 #pragma unroll 1
-  for (int i = threadIdx.x; i < count * share.R; i += kDataThreads) {
-    const int n = i / share.R, r = i % share.R;
-    if (r != share.me && holders.has(n, r)) {
-      there &= s.await(s.inbox(r).flag(share.own_token(first + n)), r, Phase::kRows);  // acquires
+  for (int first = 0; first < share.own; first += kSlotGroup) {
+    bool there = true;
+#pragma unroll 1
+    for (int number = lane_id(); number < kSlotGroup * share.R; number += 32) {
+      const bool is_first = first == 0 && number < 32;
+      const Awaited one = is_first ? early : Awaited(p, share, first, number);
+      const int t = share.own_token(one.i);
+      if (one.wanted) there &= s.await(s.inbox(one.rank).flag(t), one.rank, Phase::kRows);
     }
+    if (!all_arrived(there)) return false;
   }
-  return there;
+  return true;
 }
 
-// Vec `vec` of the sum over ranks of token `t`, the n-th of the block.
+// Vector `vec` of the sum over ranks of my token t.
 template <typename T>
-__device__ Pack<T> sum_ranks(const SlotCombineParams& p, const SlotOp& s, const Holders& holders,
-                             const SlotRow& lie, int n, int t, int vec, const Pack<T>& own) {
+__device__ Pack<T> sum_ranks(const SlotCombineParams& p, const SlotOp& s, const RankSet& holders,
+                             int t, int vec, const Pack<T>& own) {
   using Word = typename Fp8<T>::Word;
   constexpr int kLanes = kScaleBlock / Pack<T>::kCount;
   Sum<T> sum;
 #pragma unroll 1
   for (int r = 0; r < s.op.R; ++r) {
-    if (!holders.has(n, r)) continue;
+    if (!holders.has(r)) continue;
     if (r == s.op.me) {
       sum.add(own.vec, false, 1.0f);
       continue;
     }
     const char* slot = s.inbox(r).slot(t);
     if (p.quantized) {
-      const auto* scale = reinterpret_cast<const uint32_t*>(lie.scales_of(slot)) + vec / kLanes;
+      const float* scales = slot_row<T>(p).scales_of(slot);
+      const auto* scale = reinterpret_cast<const uint32_t*>(scales) + vec / kLanes;
       const Fp8<T> q(load_arrived(reinterpret_cast<const Word*>(slot) + vec));
       sum.add(q, __uint_as_float(load_arrived(scale)));
     } else {
@@ -263,57 +273,57 @@ __device__ Pack<T> sum_ranks(const SlotCombineParams& p, const SlotOp& s, const 
   return sum.rounded();
 }
 
-// By the data warps: sums of the block's own tokens from the first-th on. The first own partials
-// are in registers before the peers' are awaited. False, for all of them: give up.
+// By the data warps: sums of the block's own tokens. Of a warp's first task the own partial is in
+// registers before the peers' are awaited.
 template <typename T>
-__device__ bool sum_group(const SlotCombineParams& p, const SlotOp& s, const Share& share,
-                          int first, int count, const Found& found) {
-  const int row_bytes = p.hidden * int(sizeof(T)), vecs = row_bytes / int(sizeof(Vec));
-  const int all = count * vecs;
-  const SlotRow lie = slot_row<T>(p);
+__device__ void sum_tokens(const SlotCombineParams& p, const SlotCombineSizes& sizes,
+                           const SlotOp& s, const Share& share, const Early<T>& early) {
+  const int warp = threadIdx.x / 32;
 #pragma unroll 1
-  for (int base = 0; base < all; base += kDataThreads) {  // the same for all threads
-    const int i = base + threadIdx.x, n = i / vecs, vec = i - n * vecs;
-    const Pack<T> own = i < all ? partial_of<T>(p, found.own, n, vec, row_bytes) : Pack<T>(Vec{});
-    // What one thread has acquired, all threads may read.
-    if (base == 0 && !data_and(await_group(s, share, first, count, found.holders))) return false;
-    if (i >= all) break;
-    const int t = share.own_token(first + n);
-    const Pack<T> sum = sum_ranks(p, s, found.holders, lie, n, t, vec, own);
-    store_row(reinterpret_cast<Vec*>(p.out + size_t(t) * row_bytes) + vec, sum.vec);
-  }
-  return true;
-}
-
-// By the data warps. The first group has been found, unless pushing has taken its place.
-template <typename T>
-__device__ void sum_tokens(const SlotCombineParams& p, const SlotOp& s, const Share& share,
-                           Found& found) {
-  const bool replaced = s.pushes() && share.peers > kGroup;
+  for (int first = 0; first < share.own; first += kSlotGroup) {
+    const int tasks = min_int(kSlotGroup, share.own - first) * sizes.tasks;
+    bool waits = true;
 #pragma unroll 1
-  for (int first = 0; first < share.own; first += kGroup) {
-    if (first > 0 || replaced) {
-      data_sync();  // the last group's is in use until then
-      find(p, share, first, found);
-      data_sync();
+    for (int i = warp; i < tasks || waits; i += kDataWarps) {
+      const Task task(sizes, i);
+      const int t = share.own_token(first + task.n);
+      Row rows = early.own;
+      RankSet holders = early.holders;
+      if ((first > 0 || i >= kDataWarps) && i < tasks) {
+        rows = Row(p, share.me * share.T + t);
+        holders = holders_of(p, t);
+      }
+      const Pack<T> own = partial_of<T>(p, sizes, rows, task.vec);
+      if (waits && !all_arrived(true)) return;
+      waits = false;
+      if (i >= tasks || task.vec >= sizes.vecs) continue;
+      const Pack<T> sum = sum_ranks(p, s, holders, t, task.vec, own);
+      store_row(reinterpret_cast<Vec*>(p.out) + size_t(t) * sizes.vecs + task.vec, sum.vec);
     }
-    if (!sum_group<T>(p, s, share, first, min_int(kGroup, share.own - first), found)) return;
   }
 }
 
+__device__ void run_post_warp(const SlotCombineParams& p, const SlotCombineSizes& sizes,
+                              const SlotOp& s, const Share& share) {
+  const Awaited early(p, share, 0, lane_id());
+  if (s.pushes()) post_partials(p, sizes, s, share);
+  if (s.receives() && await_partials(p, s, share, early) && blockIdx.x == 0) s.await_hellos();
+}
+
 template <typename T>
-__device__ void combine_body(const SlotCombineParams& p) {
-  __shared__ Found found;
-  const Share share(p.call.peers.rank, p.call.peers.num_ranks, p.exchange.num_tokens);
-  if (!is_post_warp()) find(p, share, 0, found);
-  const SlotOp s(p.call, SlotKind::kCombine, p.half, p.started);  // its barrier publishes `found`
+__device__ void combine_body(const SlotCombineParams& p, const SlotCombineSizes& sizes) {
+  const Share share(sizes.by_blocks, p.call.peers.rank, p.call.peers.num_ranks,
+                    p.exchange.num_tokens);
+  SlotOp::open();
+  Early<T> early;
+  if (!is_post_warp()) early = work_early<T>(p, sizes, share);
+  const SlotOp s(p.call, SlotKind::kCombine, p.half, p.started);
   const bool broken = s.began_broken();
   if (!broken && is_post_warp()) {
-    if (s.pushes()) post_partials(p, s, share);
-    if (s.receives() && blockIdx.x == 0) s.await_hellos();
+    run_post_warp(p, sizes, s, share);
   } else if (!broken) {
-    if (s.pushes()) push_partials<T>(p, s, share, found);
-    if (s.receives()) sum_tokens<T>(p, s, share, found);
+    if (s.pushes()) push_partials<T>(p, sizes, s, share, early);
+    if (s.receives()) sum_tokens<T>(p, sizes, s, share, early);
   }
   s.leave(s.receives() ? nullptr : p.ticket, [&] {
     if (s.receives()) {
@@ -324,23 +334,28 @@ __device__ void combine_body(const SlotCombineParams& p) {
 
 template <typename T>
 __global__ void __launch_bounds__(kSlotThreads, 1)
-    slot_combine_kernel(const __grid_constant__ SlotCombineParams p) {
-  combine_body<T>(p);
+    slot_combine_kernel(const __grid_constant__ SlotCombineParams p,
+                        const __grid_constant__ SlotCombineSizes sizes) {
+  combine_body<T>(p, sizes);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kSlotThreads, 1)
-    slot_combine_all_ranks(const SlotCombineParams* p) {
-  combine_body<T>(p[blockIdx.y]);
+    slot_combine_all_ranks(const SlotCombineParams* p,
+                           const __grid_constant__ SlotCombineSizes sizes) {
+  combine_body<T>(p[blockIdx.y], sizes);
 }
 
 template <typename T>
-cudaError_t launch(const SlotCombineParams* params, const Exchange& e, const Launch& how) {
+cudaError_t launch(const SlotCombineParams* params, const Exchange& e, int hidden,
+                   const Launch& how) {
   const int blocks = min_int(how.num_sms, max_int(e.num_ranks - 1, 1) * e.num_tokens);
+  const SlotCombineSizes sizes(e, blocks, hidden * int(sizeof(T)) / int(sizeof(Vec)));
   if (how.all_ranks == 0) {
-    slot_combine_kernel<T><<<blocks, kSlotThreads, 0, how.stream>>>(*params);
+    slot_combine_kernel<T><<<blocks, kSlotThreads, 0, how.stream>>>(*params, sizes);
   } else if constexpr (kAllRanks) {
-    slot_combine_all_ranks<T><<<dim3(blocks, how.all_ranks), kSlotThreads, 0, how.stream>>>(params);
+    slot_combine_all_ranks<T>
+        <<<dim3(blocks, how.all_ranks), kSlotThreads, 0, how.stream>>>(params, sizes);
   } else {
     return cudaErrorNotSupported;
   }
@@ -351,14 +366,14 @@ cudaError_t launch(const SlotCombineParams* params, const Exchange& e, const Lau
 
 // Every compiled variant: one for each type of y.
 cudaError_t launch_slot_combine(const SlotCombineParams* params, const Exchange& e, Element y,
-                                const Launch& how) {
+                                int hidden, const Launch& how) {
   switch (y) {
     case Element::kBf16:
-      return launch<__nv_bfloat16>(params, e, how);
+      return launch<__nv_bfloat16>(params, e, hidden, how);
     case Element::kF16:
-      return launch<__half>(params, e, how);
+      return launch<__half>(params, e, hidden, how);
     case Element::kF32:
-      return launch<float>(params, e, how);
+      return launch<float>(params, e, hidden, how);
     case Element::kFp8:
       break;
   }

@@ -2,10 +2,10 @@
 // The plan of a small batch, by every block for itself: no meeting of blocks, no second kernel.
 //
 //   push     my tokens' choices -> every peer's inbox, in words that carry their own tag
-//   gather   all choices of the group            -> choices (shared memory)
-//   count    pairs of each expert                -> totals
+//   gather   all choices of the group            -> choices, totals (shared memory)
 //   segments as the large plan                   -> kept, start, room
-//   rank     of the block's own tokens alone: pairs of the same expert before each of theirs
+//   rank     of the block's own tokens alone: pairs of the same expert before each of theirs;
+//            beside the segments, which it does not need
 // A block has 31 data warps, which do all this, and a post warp, which pushes words and flags: a
 // flag's fence waits for a flight there and back, and nobody else has to.
 #pragma once
@@ -13,10 +13,9 @@
 #include "plan_exchange.cuh"
 #include "plan_outputs.cuh"
 #include "plan_segments.cuh"
+#include "slot_sizes.h"
 
 namespace jax_ep {
-
-constexpr int kSlotGroup = 8;  // tokens that a block takes at a time
 
 // A block's shared memory.
 struct SlotShared {
@@ -38,22 +37,30 @@ struct SlotShared {
   static JAX_EP_HD size_t bytes(const Exchange& x) {
     return choice_vecs(x) * sizeof(Vec) + 5 * sizeof(int32_t) * x.num_experts;
   }
+  // By the data warps, before a barrier of the block: what gathering adds to.
+  __device__ void clear(const Exchange& x) const {
+    for (int e = threadIdx.x; e < x.num_experts; e += kDataThreads) totals[e] = 0;
+    for (int i = x.num_ranks * x.num_pairs() + threadIdx.x; i < choice_vecs(x) * 8;
+         i += kDataThreads) {
+      choices[i] = -1;
+    }
+  }
 };
 
-// By one warp: the expert that this lane's pair of my token `t` names; -1 for none. A choice out of
-// range is an error, and none.
-__device__ inline int my_choice(const SlotDispatchParams& p, const SlotOp& s, int t) {
-  const int K = p.exchange.top_k, E = p.exchange.num_experts;
-  if (lane_id() >= K) return -1;
-  const int e = p.topk_idx[t * K + lane_id()];
-  if (e >= -1 && e < E) return e;
-  refuse_choice(s.op, e, E);
-  return -1;
+// By one warp: this lane's pair of my token `t`, -1 behind the last one.
+__device__ inline int choice_of_lane(const SlotDispatchParams& p, int t) {
+  const int K = p.exchange.top_k;
+  return lane_id() < K ? p.topk_idx[t * K + lane_id()] : -1;
 }
 
-// By one warp: the words of one of my tokens, to all peers.
-__device__ inline void push_words(const SlotDispatchParams& p, const SlotOp& s, int t) {
-  const int K = p.exchange.top_k, e = my_choice(p, s, t);
+// By one warp: the words of one of my tokens, to all peers. A choice out of range is an error, and
+// none.
+__device__ inline void push_words(const SlotDispatchParams& p, const SlotOp& s, int t, int choice) {
+  const int K = p.exchange.top_k, E = p.exchange.num_experts;
+  const bool valid = choice >= -1 && choice < E;
+  if (!valid) refuse_choice(s.op, choice, E);
+  __syncwarp();  // peers that see words of other lanes see too that the group is broken
+  const int e = valid ? choice : -1;
   const int even = __shfl_sync(kAllLanes, e, 2 * lane_id() % 32);
   const int odd = __shfl_sync(kAllLanes, e, (2 * lane_id() + 1) % 32);
   if (lane_id() >= ceil_div(K, 2)) return;
@@ -65,7 +72,8 @@ __device__ inline void push_words(const SlotDispatchParams& p, const SlotOp& s, 
 
 // The word at `at`, which is not there yet. False: give up.
 __device__ __noinline__ inline bool await_word(const Call& call, uint64_t tag, const uint64_t* at,
-                                               const uint64_t* hello, int source, uint64_t* word) {
+                                               const uint64_t* hello, int source,
+                                               unsigned long long* word) {
   const uint64_t start = now_ns();
   for (;;) {
     for (int i = 0; i < 32; ++i) {
@@ -76,161 +84,154 @@ __device__ __noinline__ inline bool await_word(const Call& call, uint64_t tag, c
   }
 }
 
-// By the data warps: every choice of the group. False, for this thread: give up.
-__device__ inline bool gather_choices(const SlotDispatchParams& p, const PlanSizes& sizes,
+// Part `h` of the choices of token `t` of `source`, a peer, those from K on being anything. False:
+// give up.
+__device__ inline bool gather_part(const SlotDispatchParams& p, const SlotOp& s, int source, int t,
+                                   int h, int (&choice)[kPart]) {
+  const Inbox inbox = s.inbox(source);
+  const uint64_t* at = inbox.words(t) + 2 * h;
+  ulonglong2 w = load_relaxed(reinterpret_cast<const ulonglong2*>(at));
+  const uint32_t tag = word_tag(s.tag);
+  if (tag_of(w.x) != tag && !await_word(s.op.call, s.tag, at, inbox.hello(), source, &w.x)) {
+    return false;
+  }
+  if (kPart * h + 2 < p.exchange.top_k && tag_of(w.y) != tag &&
+      !await_word(s.op.call, s.tag, at + 1, inbox.hello(), source, &w.y)) {
+    return false;
+  }
+#pragma unroll
+  for (int j = 0; j < kPart; ++j) choice[j] = choice_of(j < 2 ? w.x : w.y, j);
+  return true;
+}
+
+// By the data warps: every choice of the group, and how many pairs name each expert. False, for
+// this thread: give up.
+__device__ inline bool gather_choices(const SlotDispatchParams& p, const SlotDispatchSizes& sizes,
                                       const SlotOp& s, const SlotShared& shared) {
   const int T = p.exchange.num_tokens, K = p.exchange.top_k, E = p.exchange.num_experts;
-  const int per_token = ceil_div(K, 2), all = s.op.R * T,
-            padded = SlotShared::choice_vecs(p.exchange) * 8;
-  for (int i = all * K + threadIdx.x; i < padded; i += kDataThreads) shared.choices[i] = -1;
-  constexpr int kBatch = 4;
-  auto keep = [&](int token, int j, int even, int odd) {
-    auto valid = [E](int e) { return static_cast<int16_t>(e >= 0 && e < E ? e : -1); };
-    shared.choices[token * K + 2 * j] = valid(even);
-    if (2 * j + 1 < K) shared.choices[token * K + 2 * j + 1] = valid(odd);
-  };
-  for (int base = threadIdx.x; base < all * per_token; base += kBatch * kDataThreads) {
-    int token[kBatch], half[kBatch];
-    uint64_t word[kBatch];
-    const uint64_t* at[kBatch];
+  const int all = s.op.R * T * sizes.parts;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < all; i += kDataThreads) {
+    const int token = sizes.by_parts(i), h = i - token * sizes.parts;
+    const int source = sizes.plan.by_tokens(token), t = token - source * T;
+    int choice[kPart];
+    if (source == s.op.me) {
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      const int i = base + j * kDataThreads;
-      token[j] = i < all * per_token ? i / per_token : -1;
-      half[j] = i - token[j] * per_token;
-      at[j] = nullptr;
-      if (token[j] < 0) continue;
-      const int source = sizes.by_tokens(token[j]), t = token[j] - source * T;
-      if (source == s.op.me) {
-        const int32_t* mine = p.topk_idx + t * K + 2 * half[j];
-        const int odd = 2 * half[j] + 1 < K ? mine[1] : -1;
-        keep(token[j], half[j], mine[0], odd);
-      } else {
-        at[j] = s.inbox(source).words(t) + half[j];
-        word[j] = load_relaxed(at[j]);
+      for (int j = 0; j < kPart; ++j) {
+        choice[j] = kPart * h + j < K ? p.topk_idx[t * K + kPart * h + j] : -1;
       }
+    } else if (!gather_part(p, s, source, t, h, choice)) {
+      return false;
     }
 #pragma unroll
-    for (int j = 0; j < kBatch; ++j) {
-      if (at[j] == nullptr) continue;
-      const int source = sizes.by_tokens(token[j]);
-      if (tag_of(word[j]) != word_tag(s.tag) &&
-          !await_word(s.op.call, s.tag, at[j], s.inbox(source).hello(), source, &word[j])) {
-        return false;
-      }
-      keep(token[j], half[j], choice_of(word[j], 0), choice_of(word[j], 1));
+    for (int j = 0; j < kPart; ++j) {
+      if (kPart * h + j >= K) break;
+      const int e = choice[j] >= 0 && choice[j] < E ? choice[j] : -1;
+      shared.choices[token * K + kPart * h + j] = static_cast<int16_t>(e);
+      if (e >= 0) atomicAdd(&shared.totals[e], 1);
     }
   }
   return true;
 }
 
-// By the data warps: totals and segments of all experts. False, for all of them: give up.
-__device__ inline bool plan_segments(const SlotDispatchParams& p, const PlanSizes& sizes,
-                                     const SlotOp& s, const SlotShared& shared) {
-  const Exchange& x = p.exchange;
-  const int E = x.num_experts, pairs = x.num_ranks * x.num_pairs();
-  for (int e = threadIdx.x; e < E; e += kDataThreads) shared.totals[e] = 0;
-  if (!data_and(gather_choices(p, sizes, s, shared))) return false;
-  for (int i = threadIdx.x; i < pairs; i += kDataThreads) {
-    if (shared.choices[i] >= 0) atomicAdd(&shared.totals[shared.choices[i]], 1);
-  }
-  data_sync();
-  for (int e = threadIdx.x; e < E; e += kDataThreads) {
-    shared.blocks[e] = sizes.by_alignment(shared.totals[e] + x.alignment - 1);
-  }
-  data_sync();
-  for (int r = threadIdx.x / 32; r < x.num_ranks; r += kDataWarps) {
-    const Wanted wanted{shared.totals, shared.blocks};
-    if (x.batched) {
-      batched_segments(sizes, x.alignment, wanted, r * sizes.local, shared.segments);
-    } else {
-      ragged_segments(sizes, x.alignment, wanted, r * sizes.local, shared.segments);
+// By one warp: segments of the experts of rank `r`.
+__device__ inline void find_segments(const SlotDispatchParams& p, const PlanSizes& sizes,
+                                     const SlotShared& shared, int r) {
+  const int A = p.exchange.alignment, first = r * sizes.local;
+  constexpr int kBatch = 4;  // loads that stores do not wait for
+  for (int base = first + lane_id(); base < first + sizes.local; base += 32 * kBatch) {
+    int blocks[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      const int e = min_int(base + 32 * j, first + sizes.local - 1);
+      blocks[j] = sizes.by_alignment(shared.totals[e] + A - 1);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (base + 32 * j < first + sizes.local) shared.blocks[base + 32 * j] = blocks[j];
     }
   }
-  data_sync();
-  return true;
+  __syncwarp();
+  const Wanted wanted{shared.totals, shared.blocks};
+  if (p.exchange.batched) {
+    batched_segments(sizes, A, wanted, first, shared.segments);
+  } else {
+    ragged_segments(sizes, A, wanted, first, shared.segments);
+  }
 }
 
 // By one warp: pairs of expert `e` before pair number `pair` of the group.
 __device__ inline int pairs_before(const SlotShared& shared, int pair, int e) {
+  constexpr uint32_t kOnes = 0x00010001u;
   const uint32_t both = static_cast<uint32_t>(e) << 16 | static_cast<uint32_t>(e);
-  uint32_t equal = 0;
-  auto add = [&](uint32_t two) { equal += __vseteq2(two, both); };
+  uint32_t other = 0;  // pairs of other experts, two sums of 16 bits
   const auto* vecs = reinterpret_cast<const Vec*>(shared.choices);
-  for (int v = lane_id(); v < pair / 8; v += 32) {
+  const int whole = pair / 8;
+#pragma unroll 4
+  for (int v = lane_id(); v < whole; v += 32) {
     const Vec eight = vecs[v];
-    add(eight.x);
-    add(eight.y);
-    add(eight.z);
-    add(eight.w);
+    other += __vminu2(eight.x ^ both, kOnes) + __vminu2(eight.y ^ both, kOnes) +
+             __vminu2(eight.z ^ both, kOnes) + __vminu2(eight.w ^ both, kOnes);
   }
-  const int rest = pair / 8 * 8 + lane_id();
-  if (rest < pair) equal += shared.choices[rest] == e;
-  return warp_sum(static_cast<int>((equal & 0xffff) + (equal >> 16)));
+  const int rest = whole * 8 + lane_id();
+  const int others = static_cast<int>((other & 0xffff) + (other >> 16)) +
+                     (rest < pair && shared.choices[rest] != e);
+  return pair - __reduce_add_sync(kAllLanes, others);
 }
 
-// The tokens of the group that a block works on: its own rank's first, those that it has pushed,
-// then its share of the peers'.
-struct Share {
-  int own, all;  // how many
-  int me, R, T;
-
-  __device__ Share(int me, int R, int T)
-      : own(count(blockIdx.x, T)), all(own + count(last(), (R - 1) * T)), me(me), R(R), T(T) {}
-  // The i-th: its source and its number there.
-  __device__ int source(int i) const {
-    return i < own ? me : (me + 1 + (last() + (i - own) * gridDim.x) / T) % R;
-  }
-  __device__ int token(int i) const {
-    return i < own ? blockIdx.x + i * gridDim.x : (last() + (i - own) * gridDim.x) % T;
-  }
-
- private:
-  // Peers' tokens are dealt out from the last block on, which has fewer of its own.
-  __device__ static int last() { return gridDim.x - 1 - blockIdx.x; }
-  __device__ static int count(int first, int n) {
-    return first < n ? ceil_div(n - first, gridDim.x) : 0;
-  }
+// Tokens at hand: up to kSlotGroup of those of a block, from the first-th on; in shared memory, of
+// each pair how many of its expert come before it.
+struct AtHand {
+  int first, count;
+  int (*position)[kMaxTopK];
 };
 
-// Rows of the pairs of up to kSlotGroup tokens of a block, in shared memory.
-struct Tokens {
-  int row[kSlotGroup][kMaxTopK];   // on whatever rank; -1 for none
-  int here[kSlotGroup][kMaxTopK];  // on this rank
-};
+// By one warp: where the pair k of the n-th token at hand stands among those of its expert.
+__device__ inline void rank_pair(const SlotDispatchParams& p, const SlotDispatchSizes& sizes,
+                                 const SlotShared& shared, const Share& share, const AtHand& hand,
+                                 int n, int k) {
+  const Token token = share.any(sizes.plan.by_tokens, hand.first + n);
+  const int pair = token.of_group(share.T) * p.exchange.top_k + k;
+  const int e = shared.choices[pair];
+  if (e < 0) return;
+  const int before = pairs_before(shared, pair, e);
+  if (lane_id() == 0) hand.position[n][k] = before;
+}
 
-// By the data warps: rows of the pairs of the block's tokens first, first + 1, ..., `count` of
-// them.
-__device__ inline void rank_tokens(const SlotDispatchParams& p, const PlanSizes& sizes,
-                                   const SlotOp& s, const SlotShared& shared, const Share& share,
-                                   int first, int count, Tokens& tokens) {
-  const int K = p.exchange.top_k;
-  const Segments& seg = shared.segments;
-  for (int i = threadIdx.x / 32; i < count * K; i += kDataWarps) {
-    const int n = i / K, k = i - n * K;
-    const int pair = (share.source(first + n) * share.T + share.token(first + n)) * K + k;
-    const int e = shared.choices[pair];
-    int row = -1;
-    if (e >= 0) {
-      const int position = pairs_before(shared, pair, e);
-      if (position < seg.kept[e]) row = seg.start[e] + position;
+// By the data warps, after gathering: segments (with the first tokens at hand only) and positions.
+__device__ inline void rank_tokens(const SlotDispatchParams& p, const SlotDispatchSizes& sizes,
+                                   const SlotShared& shared, const Share& share,
+                                   const AtHand& hand) {
+  const int K = p.exchange.top_k, segments = hand.first == 0 ? p.exchange.num_ranks : 0;
+#pragma unroll 1
+  for (int i = threadIdx.x / 32; i < segments + hand.count * K; i += kDataWarps) {
+    if (i < segments) {
+      find_segments(p, sizes.plan, shared, i);
+    } else {
+      const int n = sizes.by_top_k(i - segments);
+      rank_pair(p, sizes, shared, share, hand, n, i - segments - n * K);
     }
-    if (lane_id() != 0) continue;
-    tokens.row[n][k] = row;
-    tokens.here[n][k] = row >= 0 && sizes.by_local(e) == s.op.me ? row : -1;
   }
   data_sync();
 }
 
-// By one warp: what the plan says of the n-th of them, the `i`-th of the block.
-__device__ inline void describe_token(const SlotDispatchParams& p, const PlanSizes& sizes,
-                                      const SlotOp& s, const SlotShared& shared, const Share& share,
-                                      int n, int i, const Tokens& tokens) {
-  const int K = p.exchange.top_k, k = lane_id();
-  const int token = share.source(i) * share.T + share.token(i);
-  const int e = k < K ? shared.choices[token * K + k] : -1;
-  place_token(p.plan, p.exchange, sizes, s.op.me, TokenLanes(32), token, k < K, e,
-              k < K ? tokens.row[n][k] : -1);
-}
+// This lane's pair of a token: whose expert it names, and its row there; -1 for none.
+struct Pair {
+  int expert = -1, row = -1;
+
+  // Of the n-th token at hand, number `token` of the group.
+  __device__ Pair(const SlotDispatchParams& p, const SlotShared& shared, const AtHand& hand, int n,
+                  int token) {
+    if (lane_id() >= p.exchange.top_k) return;
+    expert = shared.choices[token * p.exchange.top_k + lane_id()];
+    if (expert < 0) return;
+    const int position = hand.position[n][lane_id()];
+    if (position < shared.segments.kept[expert]) row = shared.segments.start[expert] + position;
+  }
+  // The row, if it is on rank `me`.
+  __device__ int here(const PlanSizes& sizes, int me) const {
+    return row >= 0 && sizes.by_local(expert) == me ? row : -1;
+  }
+};
 
 }  // namespace jax_ep

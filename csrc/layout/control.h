@@ -68,7 +68,8 @@ struct FaultRecord {
   uint64_t wanted;
 };
 
-// State of one rank; written by its own kernels, `broken` by peers too.
+// State of one rank; written by its own kernels, `broken` by peers too. The first line is what an
+// operation reads when it begins.
 struct alignas(128) Header {
   uint64_t epoch;         // operations completed
   uint64_t plans;         // plans completed; its parity picks the routing buffer
@@ -78,6 +79,7 @@ struct alignas(128) Header {
   FaultRecord* record;    // this rank's, in host memory
   uint64_t started[2];    // of each SlotKind: small batches started; the parity picks the slots
   uint64_t in_flight[2];  // alike: 1 between start and done
+  uint64_t slot_blocks;   // blocks of all small batches, those that have begun
   // Counters of the running kernel, each on a line of its own; the last block to leave resets them.
   alignas(128) uint32_t left;          // blocks that have left
   alignas(128) uint32_t barrier;       // arrivals at the grid's meeting
@@ -85,6 +87,11 @@ struct alignas(128) Header {
   alignas(128) uint32_t local_ticket;  // items of local work that have been taken
   // Operations that have begun: as many as have completed, unless one is still running.
   alignas(128) unsigned long long began;
+  // Blocks of small batches: of the running one that have begun; of all that have left; the epoch
+  // of the last one whose results were poisoned.
+  alignas(128) uint32_t slot_begun;
+  alignas(128) uint64_t slot_left;
+  alignas(128) unsigned long long slot_poisoned;
 };
 
 // One named piece of the control block.

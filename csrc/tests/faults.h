@@ -6,6 +6,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "../kernels/slot_sizes.h"
 #include "../plan/tiling.h"
 #include "expect.h"
 #include "scene.h"
@@ -38,10 +39,13 @@ inline bool is_mismatch(const Scene& s, Operation of_rank_0, Operation of_rank_1
   return is(s.group.fault(1), Fault::kMismatch, of_rank_1, 1, 0);
 }
 
+template <typename P>
+constexpr bool is_small =
+    std::is_same_v<P, SlotDispatchParams> || std::is_same_v<P, SlotCombineParams>;
+
 // Another signature, and rows of half the width, in a graph of operations with parameters P.
 template <typename P>
 void change_shape(cudaGraph_t graph) {
-  constexpr bool has_sizes = std::is_same_v<P, PlanParams> || std::is_same_v<P, SlotDispatchParams>;
   cudaGraphNode_t nodes[8];
   size_t count = 8;
   require(cudaGraphGetNodes(graph, nodes, &count), "cudaGraphGetNodes");
@@ -54,11 +58,28 @@ void change_shape(cudaGraph_t graph) {
     if constexpr (std::is_same_v<P, DispatchParams> || std::is_same_v<P, SlotDispatchParams>) {
       p.row_bytes /= 2;
     }
-    std::optional<PlanSizes> sizes;
-    if (has_sizes) sizes = *static_cast<const PlanSizes*>(launch.kernelParams[1]);
-    void* changed[] = {&p, sizes ? &*sizes : nullptr};
-    launch.kernelParams = changed;
-    require(cudaGraphKernelNodeSetParams(nodes[i], &launch), "cudaGraphKernelNodeSetParams");
+    auto set = [&](auto* sizes) {
+      void* changed[] = {&p, sizes};
+      launch.kernelParams = changed;
+      require(cudaGraphKernelNodeSetParams(nodes[i], &launch), "cudaGraphKernelNodeSetParams");
+    };
+    const int blocks = launch.gridDim.x;
+    const void* was =
+        std::is_same_v<P, PlanParams> || is_small<P> ? launch.kernelParams[1] : nullptr;
+    if constexpr (std::is_same_v<P, PlanParams>) {
+      PlanSizes sizes = *static_cast<const PlanSizes*>(was);
+      set(&sizes);
+    } else if constexpr (std::is_same_v<P, SlotDispatchParams>) {
+      const auto& full = *static_cast<const SlotDispatchSizes*>(was);
+      SlotDispatchSizes sizes(p.exchange, blocks, full.x_vecs / 2, full.slot_lanes / 2);
+      set(&sizes);
+    } else if constexpr (std::is_same_v<P, SlotCombineParams>) {
+      SlotCombineSizes sizes(p.exchange, blocks,
+                             static_cast<const SlotCombineSizes*>(was)->vecs / 2);
+      set(&sizes);
+    } else {
+      set(static_cast<int*>(nullptr));
+    }
   }
 }
 

@@ -178,14 +178,14 @@ class Harness {
     run<SlotDispatchParams>(
         only, [&](int r) { return slot_dispatch_params(r, half); },
         [&](const SlotDispatchParams* p, const Launch& how) {
-          return launch_slot_dispatch(p, c_.x, x_type(), c_.wire, how);
+          return launch_slot_dispatch(p, c_.x, x_type(), c_.wire, c_.hidden, how);
         });
   }
   void slot_combine(int only = -1, Half half = Half::kBoth) {
     run<SlotCombineParams>(
         only, [&](int r) { return slot_combine_params(r, half); },
         [&](const SlotCombineParams* p, const Launch& how) {
-          return launch_slot_combine(p, c_.x, c_.type, how);
+          return launch_slot_combine(p, c_.x, c_.type, c_.hidden, how);
         });
   }
 
