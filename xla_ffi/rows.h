@@ -1,0 +1,23 @@
+// SPDX-License-Identifier: Apache-2.0
+// Operands and results that several operations have: rows and plans.
+#pragma once
+#include "decode.h"
+
+namespace jax_ep {
+
+constexpr auto kInt = ffi::DataType::S32;
+constexpr auto kFloat = ffi::DataType::F32;
+
+bool element_of(ffi::DataType type, Element* out);
+int bytes_of(Element e);
+
+bool wire_of(int64_t wire, Wire* out, Checker& checker);
+
+// Type and hidden size of the next operand, rows called `name`. False: they are wrong.
+bool rows_of(const char* name, const Buffers& buffers, Wire how, bool has_scales,
+             ffi::DataType* type, int64_t* H, Element* element, Checker& checker);
+
+// The results that say the plan.
+PlanArrays take_plan(const Exchange& x, Buffers& buffers);
+
+}  // namespace jax_ep
