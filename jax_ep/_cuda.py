@@ -60,9 +60,6 @@ def combine(values: dict[str, Array], maps: Plan, *, spec: Spec, wire: Wire) -> 
     """Values named rows, weights, scalars, to tokens and scalars of pairs."""
     if "scalars" not in values and _rows_path(values["rows"], spec) == "slots":
         return slot_combine((), values, maps, spec=spec, wire=wire, phase="whole")
-    if wire.kind == "quantized":
-        _require_slots("combine with wire_dtype", values["rows"], spec)
-    slots = min(spec.num_ranks - 1, spec.top_k)
     types: list[Type] = []
     if "rows" in values:
         rows = values["rows"]
@@ -71,9 +68,12 @@ def combine(values: dict[str, Array], maps: Plan, *, spec: Spec, wire: Wire) -> 
         types.append(((spec.num_tokens, hidden), rows.dtype))
     if "scalars" in values:
         types.append(((spec.num_tokens * spec.top_k,), jnp.float32))
+    slots = min(spec.num_ranks - 1, spec.top_k)
     scratch: list[Type] = []
     if "rows" in values and slots:  # peers push their partial sums here
-        scratch.append(((spec.num_tokens, slots, hidden), rows.dtype))
+        fp8 = wire.kind == "quantized"
+        width, dtype = (_fp8_bytes(hidden), jnp.uint8) if fp8 else (hidden, rows.dtype)
+        scratch.append(((spec.num_tokens, slots, width), dtype))
     return _call(
         "jax_ep_combine",
         types,
@@ -83,6 +83,7 @@ def combine(values: dict[str, Array], maps: Plan, *, spec: Spec, wire: Wire) -> 
         has_rows=np.bool_("rows" in values),
         has_weights=np.bool_("weights" in values),
         has_scalars=np.bool_("scalars" in values),
+        **_wire_attributes(wire),
     )
 
 
@@ -175,6 +176,11 @@ def _wire_attributes(wire: Wire) -> dict:
     return dict(
         wire=np.int64(_WIRE_KINDS[wire.kind]), power_of_two=np.bool_(wire.scale_format == "e8m0")
     )
+
+
+def _fp8_bytes(hidden: int) -> int:
+    """Bytes of a partial sum as FP8: values and float32 scales, up to a multiple of 128."""
+    return hidden + -(-hidden // (32 * 128)) * 128
 
 
 def _check_row_bytes(name: str, row_bytes: int) -> None:

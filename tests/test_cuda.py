@@ -2,6 +2,7 @@
 """What only CUDA does, and what one or two GPUs do at larger sizes than the portable tests."""
 
 import itertools
+import re
 import time
 
 import jax
@@ -46,6 +47,9 @@ def random_options(rng):
     if wire != "none":
         options.update(wire_dtype=FP8, deliver=str(wire))
         options["scale_format"] = str(rng.choice(["float32", "e8m0"]))
+    if rng.random() < 0.4:
+        scale_format = str(rng.choice(["float32", "e8m0"]))
+        options["combine"] = dict(wire_dtype=FP8, scale_format=scale_format)
     return options
 
 
@@ -74,12 +78,14 @@ def test_matches_the_reference(mesh, seed):
     assert_matches(got, want, layout=options["layout"], whole=options["zero_tail"])
 
 
-def test_more_sms_give_the_same_bits(mesh):
+@pytest.mark.parametrize("combine", [{}, dict(wire_dtype=FP8)], ids=["plain", "fp8"])
+def test_more_sms_give_the_same_bits(mesh, combine):
     x, idx, weights = inputs(4, R=mesh.size, T=300, H=1024, K=8, E=E, dtype="bfloat16")
-    want = reference(x, idx, weights, num_experts=E)
+    options = dict(num_experts=E, combine=combine)
+    want = reference(x, idx, weights, **options)
     for num_sms in (1, 2, 7, 132):
         config = jax_ep.Config(num_sms=num_sms)
-        got = run(x, idx, weights, mesh=mesh, implementation="cuda", config=config, num_experts=E)
+        got = run(x, idx, weights, mesh=mesh, implementation="cuda", config=config, **options)
         assert_matches(got, want, whole=False)
 
 
@@ -271,6 +277,21 @@ def test_attributes_out_of_range_are_an_error(mesh, handed, target):
         handed(target, group="nobody")
     jax_ep.check()
     assert_same_bits("again", handed(), want)
+
+
+@one_rank
+@pytest.mark.parametrize(
+    "target, said, wires",
+    [
+        ("jax_ep_dispatch", "0 (copy), 1 (quantized) or 2 (dequantized)", (-1, 3)),
+        ("jax_ep_combine", "0 (copy) or 1 (quantized)", (-1, 2)),
+    ],
+)
+def test_a_wire_out_of_range_is_an_error(mesh, handed, target, said, wires):
+    for wire in wires:
+        error = re.escape(f"{target}: wire: expected {said}, got {wire}")
+        with pytest.raises(jax.errors.JaxRuntimeError, match=error):
+            handed(target, wire=np.int64(wire))
 
 
 @one_rank

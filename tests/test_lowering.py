@@ -2,7 +2,6 @@
 """Which implementation a platform gets is decided, and judged, when lowering."""
 
 import dataclasses
-import functools
 import re
 import warnings
 
@@ -123,7 +122,7 @@ def test_cuda_calls_and_nothing_else(abstract):
     assert attributes_of(plan) == EVERY_CALL
     assert attributes_of(dispatch) == EVERY_CALL | COPY | OF_DISPATCH
     kinds = dict(has_rows="true", has_weights="true", has_scalars="false")
-    assert attributes_of(combine) == EVERY_CALL | kinds
+    assert attributes_of(combine) == EVERY_CALL | COPY | kinds
     assert f"-> ({PLANNED}, tensor<" in plan[2]
     rows = "tensor<32x256xbf16>, tensor<32xf32>"
     assert dispatch[2] == f"(tensor<2x256xbf16>, tensor<4xf32>, {MAPS}) -> ({rows})"
@@ -212,25 +211,26 @@ def test_prequantized_tokens_and_sms():
     assert dispatch[2].startswith("(tensor<2x256xf8E4M3FN>, tensor<2x2xf32>, tensor<2x2xi32>)")
 
 
-def fp8_combine(config, x, idx, weights):
-    del weights
-    d = jax_ep.dispatch(x, idx, num_experts=16, config=config)
-    return jax_ep.combine(d.tokens, d.handle, wire_dtype=FP8, scale_format="e8m0")
-
-
 @with_cuda
-def test_cuda_fp8_combine():
-    f = functools.partial(fp8_combine, None)
+@pytest.mark.parametrize(
+    "config, results",
+    [
+        (None, "tensor<2x256xbf16>"),
+        (DIRECT, "(tensor<2x256xbf16>, tensor<2x2x384xui8>)"),  # 256 values, 2 scales, 128 bytes
+    ],
+    ids=["slots", "direct"],
+)
+@pytest.mark.parametrize("scale_format", ["float32", "e8m0"])
+def test_cuda_fp8_combine(config, results, scale_format):
+    def f(x, idx, weights):
+        d = jax_ep.dispatch(x, idx, num_experts=16, config=config)
+        return jax_ep.combine(d.tokens, d.handle, wire_dtype=FP8, scale_format=scale_format)
+
     *_, combine = calls(cuda_module(f, make_mesh(), *SHAPES))
     got = attributes_of(combine)
-    assert (got["wire"], got["power_of_two"], got["has_weights"]) == ("1", "true", "false")
-
-
-@with_cuda
-def test_cuda_fp8_combine_of_a_large_batch_is_an_error():
-    f = functools.partial(fp8_combine, DIRECT)
-    with pytest.raises(ValueError, match=r"combine with wire_dtype is for small batches on CUDA"):
-        cuda_module(f, make_mesh(), *SHAPES)
+    assert (got["wire"], got["has_weights"]) == ("1", "false")
+    assert got["power_of_two"] == str(scale_format == "e8m0").lower()
+    assert combine[2].endswith(f"-> {results}")
 
 
 @with_cuda

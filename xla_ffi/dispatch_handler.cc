@@ -20,7 +20,7 @@ ffi::Error dispatch(cudaStream_t stream, const Attributes& a, int64_t wire, bool
   Element element{};
   Wire how{};
   if (!wire_of(wire, &how, checker) ||
-      !rows_of("x", buffers, how, has_scales, &type, &H, &element, checker)) {
+      !x_of(buffers, how, has_scales, &type, &H, &element, checker)) {
     return checker.error();
   }
   const bool scales_out = has_scales || how == Wire::kQuantized;

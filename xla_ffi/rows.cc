@@ -2,6 +2,23 @@
 #include "rows.h"
 
 namespace jax_ep {
+namespace {
+
+// Whether rows called `name` of H channels, of `row_bytes` where they arrive, have whole blocks of
+// channels that share a scale, where they have to, and whole vectors.
+bool are_whole(const char* name, int64_t H, int64_t row_bytes, bool in_blocks, Checker& checker) {
+  const std::string rows = std::string(name) + ": expected ";
+  if (in_blocks && H % kScaleBlock != 0) {
+    checker.fail(rows + "a hidden size that is a multiple of 128 for fp8, got " +
+                 std::to_string(H));
+  }
+  if (row_bytes % 16 != 0) {
+    checker.fail(rows + "rows of a multiple of 16 bytes, got " + std::to_string(row_bytes));
+  }
+  return checker.ok();
+}
+
+}  // namespace
 
 bool element_of(ffi::DataType type, Element* out) {
   switch (type) {
@@ -32,22 +49,30 @@ bool wire_of(int64_t wire, Wire* out, Checker& checker) {
   return false;
 }
 
-bool rows_of(const char* name, const Buffers& buffers, Wire how, bool has_scales,
-             ffi::DataType* type, int64_t* H, Element* element, Checker& checker) {
-  const std::string rows = std::string(name) + ": expected ";
+bool partials_wire_of(int64_t wire, Wire* out, Checker& checker) {
+  *out = static_cast<Wire>(wire);
+  if (wire == 0 || wire == 1) return true;
+  checker.fail("wire: expected 0 (copy) or 1 (quantized), got " + std::to_string(wire));
+  return false;
+}
+
+bool x_of(const Buffers& buffers, Wire how, bool has_scales, ffi::DataType* type, int64_t* H,
+          Element* element, Checker& checker) {
   if (!buffers.peek(0, type, H) || !element_of(*type, element)) {
-    checker.fail(rows + "bf16, f16, f32 or e4m3fn");
+    checker.fail("x: expected bf16, f16, f32 or e4m3fn");
     return false;
   }
-  if ((how != Wire::kCopy || has_scales) && *H % kScaleBlock != 0) {
-    checker.fail(rows + "a hidden size that is a multiple of 128 for fp8, got " +
-                 std::to_string(*H));
-  }
   const int64_t row_bytes = *H * (how == Wire::kQuantized ? 1 : bytes_of(*element));
-  if (row_bytes % 16 != 0) {
-    checker.fail(rows + "rows of a multiple of 16 bytes, got " + std::to_string(row_bytes));
+  return are_whole("x", *H, row_bytes, how != Wire::kCopy || has_scales, checker);
+}
+
+bool y_of(const Buffers& buffers, Wire how, ffi::DataType* type, int64_t* H, Element* element,
+          Checker& checker) {
+  if (!buffers.peek(0, type, H) || !element_of(*type, element) || *element == Element::kFp8) {
+    checker.fail("y: expected bf16, f16 or f32");
+    return false;
   }
-  return checker.ok();
+  return are_whole("y", *H, *H * bytes_of(*element), how == Wire::kQuantized, checker);
 }
 
 PlanArrays take_plan(const Exchange& x, Buffers& buffers) {

@@ -14,7 +14,7 @@ ffi::Error slot_combine(cudaStream_t stream, const Attributes& a, int64_t phase,
   Half half{};
   Wire how{};
   if (!within_limits(a, checker) || !half_of(phase, &half, checker) ||
-      !wire_of(wire, &how, checker)) {
+      !partials_wire_of(wire, &how, checker)) {
     return checker.error();
   }
   Buffers buffers(args, results, checker);
@@ -25,9 +25,7 @@ ffi::Error slot_combine(cudaStream_t stream, const Attributes& a, int64_t phase,
   ffi::DataType type{};
   int64_t H = 0;
   Element element{};
-  if (!rows_of("y", buffers, how, false, &type, &H, &element, checker)) return checker.error();
-  if (element == Element::kFp8) checker.fail("y: expected bf16, f16 or f32");
-  if (how == Wire::kDequantized) checker.fail("wire: expected 0 (copy) or 1 (quantized), got 2");
+  if (!y_of(buffers, how, &type, &H, &element, checker)) return checker.error();
   p.exchange = x;
   p.half = half;
   p.hidden = static_cast<int>(H);

@@ -25,7 +25,7 @@ ffi::Error slot_dispatch(cudaStream_t stream, const Attributes& a, int64_t phase
   ffi::DataType type{};
   int64_t H = 0;
   Element element{};
-  if (!rows_of("x", buffers, how, has_scales, &type, &H, &element, checker)) return checker.error();
+  if (!x_of(buffers, how, has_scales, &type, &H, &element, checker)) return checker.error();
   const int64_t S = H / kScaleBlock;
   p.exchange = x;
   p.half = half;

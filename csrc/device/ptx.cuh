@@ -174,7 +174,25 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return address;
 }
 
-__device__ __forceinline__ Vec load_shared(uint32_t address) {
+template <typename V>
+__device__ __forceinline__ V load_shared(uint32_t address);
+
+template <>
+__device__ __forceinline__ uint32_t load_shared<uint32_t>(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+
+template <>
+__device__ __forceinline__ uint2 load_shared<uint2>(uint32_t address) {
+  uint2 v;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(address) : "memory");
+  return v;
+}
+
+template <>
+__device__ __forceinline__ Vec load_shared<Vec>(uint32_t address) {
   Vec v;
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)

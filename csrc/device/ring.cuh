@@ -31,6 +31,12 @@ struct alignas(16) Note {
   char* to;
 };
 
+// What a bulk copy takes, a multiple of 16 bytes; or nothing.
+struct Piece {
+  const char* from = nullptr;
+  int bytes = 0;
+};
+
 struct RingState {  // in shared memory
   uint64_t full[kMostSlots];
   uint64_t empty[kMostSlots];
@@ -59,29 +65,32 @@ class Ring {
   }
 
   // By the producer's warp: the next `count` slots. The lane whose `which` is i fills the i-th of
-  // these with its note and `bytes` at `from`, which may be none.
-  __device__ __forceinline__ void put(int which, int count, const Note& note, const char* from,
-                                      int bytes) {
+  // these with its note, its row, which may be none, and behind the row its tail.
+  __device__ __forceinline__ void put(int which, int count, const Note& note, const Piece& row,
+                                      const Piece& tail = {}) {
     for (; count > 0; count -= slots_, which -= slots_) {
       const int some = min(count, slots_);  // never two rows for one slot at once
       if constexpr (kBulkCopies) {
-        fill(which, some, note, from, bytes);
+        fill(which, some, note, row, tail);
       } else {
-        fill_by_lanes(which, some, note, from, bytes);
+        fill_by_lanes(which, some, note, row, tail);
       }
       slot_ += some;
       if (slot_ >= slots_) begin_round();
     }
   }
 
-  // By a consumer warp: the note of its next slot, which is full then; 16 bytes of the row; and the
-  // end of reading.
+  // By a consumer warp: the note of its next slot, which is full then; what lies at a byte of the
+  // row; and the end of reading.
   __device__ __forceinline__ Note await() const {
     while (!is_complete_soon(full(slot_), phase_)) {
     }
     return notes_[slot_];
   }
-  __device__ __forceinline__ Vec column(int byte) const { return load_shared(row_ + byte); }
+  template <typename V>
+  __device__ __forceinline__ V at(int byte) const {
+    return load_shared<V>(row_ + byte);
+  }
   __device__ __forceinline__ void release() {
     __syncwarp();  // all lanes have read
     if (lane_id() == 0) arrive(empty(slot_));
@@ -111,11 +120,11 @@ class Ring {
   }
 
   // Slots become free in order: wait for the first one, then take what there is.
-  __device__ __forceinline__ void fill(int which, int count, const Note& note, const char* from,
-                                       int bytes) {
+  __device__ __forceinline__ void fill(int which, int count, const Note& note, const Piece& row,
+                                       const Piece& tail) {
     bool todo = which >= 0 && which < count;
     const Place mine = place(which);
-    const uint32_t barrier = full(mine.slot), row = rows_ + mine.slot * slot_bytes_;
+    const uint32_t barrier = full(mine.slot), to = rows_ + mine.slot * slot_bytes_;
     for (int done = 0; done < count; done = count - __popc(__ballot_sync(kAllLanes, todo))) {
       const Place next = place(done);
       while (!is_complete_soon(empty(next.slot), next.phase ^ 1)) {
@@ -124,9 +133,10 @@ class Ring {
       if (!todo || !is_complete(empty(mine.slot), mine.phase ^ 1)) continue;
       todo = false;
       notes_[mine.slot] = note;
-      if (bytes > 0) {
-        arrive_and_expect(barrier, bytes);
-        copy_bulk(row, from, bytes, barrier);
+      if (row.bytes > 0) {
+        arrive_and_expect(barrier, row.bytes + tail.bytes);
+        copy_bulk(to, row.from, row.bytes, barrier);
+        if (tail.bytes > 0) copy_bulk(to + row.bytes, tail.from, tail.bytes, barrier);
       } else {
         arrive(barrier);
       }
@@ -134,23 +144,29 @@ class Ring {
   }
 
   // Without bulk copies: one slot after the other, by all lanes.
-  __device__ void fill_by_lanes(int which, int count, const Note& note, const char* from,
-                                int bytes) {
+  __device__ void fill_by_lanes(int which, int count, const Note& note, const Piece& row,
+                                const Piece& tail) {
     for (int i = 0; i < count; ++i) {
       const int lane = __ffs(__ballot_sync(kAllLanes, which == i)) - 1;
-      const char* source = of_lane(from, lane);
-      const int end = __shfl_sync(kAllLanes, bytes, lane);
       const Place next = place(i);
       while (!is_complete(empty(next.slot), next.phase ^ 1)) {
       }
-      for (int at = lane_id() * int(sizeof(Vec)); at < end; at += 32 * int(sizeof(Vec))) {
-        copy_async(rows_ + next.slot * slot_bytes_ + at, source + at);
-      }
+      const uint32_t to = rows_ + next.slot * slot_bytes_;
+      copy_by_lanes(to, row, lane);
+      copy_by_lanes(to + __shfl_sync(kAllLanes, row.bytes, lane), tail, lane);
       arrive_when_copied(full(next.slot));
       if (which == i) {
         notes_[next.slot] = note;
         arrive(full(next.slot));
       }
+    }
+  }
+
+  __device__ static void copy_by_lanes(uint32_t to, const Piece& piece, int lane) {
+    const char* from = of_lane(piece.from, lane);
+    const int bytes = __shfl_sync(kAllLanes, piece.bytes, lane);
+    for (int at = lane_id() * int(sizeof(Vec)); at < bytes; at += 32 * int(sizeof(Vec))) {
+      copy_async(to + at, from + at);
     }
   }
 

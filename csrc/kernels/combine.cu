@@ -19,6 +19,11 @@
 // Products are rounded to float32 before they are added, partials to y's type, the own one too: the
 // same bits whatever the number of blocks. A token's slot for rank r is the number of ranks below
 // r, its source excepted, that its pairs name: both sides know it from the routing alone.
+//
+// A partial lies in its slot like a row of y; if asked, as FP8, of which a ring's slot takes values
+// and scales of a segment, one behind the other:
+//
+//   e4m3 [H]   float32 scales [H/128]   nothing, up to a multiple of 128 bytes
 #include "combine_consumer.cuh"
 #include "combine_producer.cuh"
 #include "combine_signaller.cuh"
@@ -37,18 +42,25 @@ __device__ Cut cut_for(int vecs, int tokens, int blocks) {
   return cut_rows(vecs, 2, ceil_div(vecs, kMostSegmentVecs));
 }
 
-template <typename T>
+template <typename T, bool kFp8>
 __device__ Body make_body(const CombineParams& p, const Op& op) {
   const int tokens = p.exchange.num_tokens, chunk = chunk_tokens(tokens, kMaxChunks);
   const int percent = p.wire_percent > 0 ? p.wire_percent : kWirePercent;
   const int row_bytes = p.y == nullptr ? 0 : p.hidden * int(sizeof(T));
   const int vecs = row_bytes / int(sizeof(Vec));
-  return {p,         op,   split_roles(gridDim.x, op.R, percent), chunk, ceil_div(tokens, chunk),
-          row_bytes, vecs, cut_for(vecs, tokens, gridDim.x)};
+  return {p,
+          op,
+          split_roles(gridDim.x, op.R, percent),
+          chunk,
+          ceil_div(tokens, chunk),
+          row_bytes,
+          vecs,
+          kFp8 ? Pack<T>::kCount : int(sizeof(Vec)),
+          cut_for(vecs, tokens, gridDim.x)};
 }
 
 // Each warp's role, once the ring is there and the peers have lent their memory.
-template <typename T>
+template <typename T, bool kFp8>
 __device__ void play_roles(const Body& b) {
   extern __shared__ __align__(128) Vec rows[];
   __shared__ RingState state;
@@ -71,7 +83,7 @@ __device__ void play_roles(const Body& b) {
   } else if (warp == kSignallerWarp) {
     if (wire) signal_pushes(b.op, pushes);
   } else {
-    consume<T>(ring, b.cut.segment_vecs, pushes);
+    Consumer<T, kFp8>(b, ring, pushes).run();
   }
 }
 
@@ -81,22 +93,22 @@ __device__ void poison_combine(const CombineParams& p, int row_bytes) {
   if (p.row_scalars != nullptr) poison_bytes(p.scalars, tokens * p.exchange.top_k * sizeof(float));
 }
 
-template <typename T>
+template <typename T, bool kFp8>
 __device__ void combine_body(const CombineParams& p) {
   const Op op(p.call);
-  if (!op.began_broken()) play_roles<T>(make_body<T>(p, op));
+  if (!op.began_broken()) play_roles<T, kFp8>(make_body<T, kFp8>(p, op));
   op.leave([&] { poison_combine(p, p.hidden * sizeof(T)); });
 }
 
-template <typename T>
+template <typename T, bool kFp8>
 __global__ void __launch_bounds__(kCombineThreads, 1)
     combine_kernel(const __grid_constant__ CombineParams p) {
-  combine_body<T>(p);
+  combine_body<T, kFp8>(p);
 }
 
-template <typename T>
+template <typename T, bool kFp8>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_all_ranks(const CombineParams* p) {
-  combine_body<T>(p[blockIdx.y]);
+  combine_body<T, kFp8>(p[blockIdx.y]);
 }
 
 // Shared memory for the rows of the ring on the current device: all there is.
@@ -109,23 +121,23 @@ cudaError_t ring_bytes(int* bytes) {
   return error;
 }
 
-template <typename T>
+template <typename T, bool kFp8>
 cudaError_t launch(const CombineParams* params, const Launch& how) {
   int bytes;
   const cudaError_t error = ring_bytes(&bytes);
   if (error != cudaSuccess) return error;
   if (how.all_ranks == 0) {
-    combine_kernel<T><<<how.num_sms, kCombineThreads, bytes, how.stream>>>(*params);
+    combine_kernel<T, kFp8><<<how.num_sms, kCombineThreads, bytes, how.stream>>>(*params);
   } else if constexpr (kAllRanks) {
     const dim3 grid(how.num_sms, how.all_ranks);
-    combine_all_ranks<T><<<grid, kCombineThreads, bytes, how.stream>>>(params);
+    combine_all_ranks<T, kFp8><<<grid, kCombineThreads, bytes, how.stream>>>(params);
   } else {
     return cudaErrorNotSupported;
   }
   return cudaGetLastError();
 }
 
-template <typename T>
+template <typename T, bool kFp8>
 cudaError_t load() {
   int bytes;
   cudaError_t error = ring_bytes(&bytes);
@@ -133,32 +145,47 @@ cudaError_t load() {
     if (error != cudaSuccess) return;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   };
-  allow(reinterpret_cast<const void*>(&combine_kernel<T>));
-  if constexpr (kAllRanks) allow(reinterpret_cast<const void*>(&combine_all_ranks<T>));
+  allow(reinterpret_cast<const void*>(&combine_kernel<T, kFp8>));
+  if constexpr (kAllRanks) allow(reinterpret_cast<const void*>(&combine_all_ranks<T, kFp8>));
   return error;
 }
 
-}  // namespace
-
-// Every compiled variant: one for each type of y.
-cudaError_t launch_combine(const CombineParams* params, Element y, const Launch& how) {
+// Every compiled variant: three types of y, whose partials travel as they are or as FP8.
+template <typename Visit>
+cudaError_t for_variant(Element y, Wire wire, Visit&& visit) {
+  if (wire == Wire::kDequantized) return cudaErrorInvalidValue;
+  auto by_wire = [&](auto type) {
+    return wire == Wire::kCopy ? visit(type, std::false_type{}) : visit(type, std::true_type{});
+  };
   switch (y) {
     case Element::kBf16:
-      return launch<__nv_bfloat16>(params, how);
+      return by_wire(__nv_bfloat16{});
     case Element::kF16:
-      return launch<__half>(params, how);
+      return by_wire(__half{});
     case Element::kF32:
-      return launch<float>(params, how);
+      return by_wire(float{});
     case Element::kFp8:
       break;
   }
   return cudaErrorInvalidValue;
 }
 
+}  // namespace
+
+cudaError_t launch_combine(const CombineParams* params, Element y, Wire wire, const Launch& how) {
+  return for_variant(y, wire, [&](auto type, auto fp8) {
+    return launch<decltype(type), decltype(fp8)::value>(params, how);
+  });
+}
+
 cudaError_t load_combine() {
-  for (const auto load_variant : {load<__nv_bfloat16>, load<__half>, load<float>}) {
-    const cudaError_t error = load_variant();
-    if (error != cudaSuccess) return error;
+  for (Wire wire : {Wire::kCopy, Wire::kQuantized}) {
+    for (Element y : {Element::kBf16, Element::kF16, Element::kF32}) {
+      const cudaError_t error = for_variant(y, wire, [](auto type, auto fp8) {
+        return load<decltype(type), decltype(fp8)::value>();
+      });
+      if (error != cudaSuccess) return error;
+    }
   }
   return cudaSuccess;
 }

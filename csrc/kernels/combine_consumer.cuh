@@ -44,6 +44,13 @@ struct Sum {
     }
   }
 
+  __device__ __forceinline__ void add(int j, const Fp8<T>& q, float scale) {
+#pragma unroll
+    for (int i = 0; i < Pack<T>::kCount; ++i) {
+      value[j][i] = __fadd_rn(value[j][i], __fmul_rn(to_float(q, i), scale));
+    }
+  }
+
   __device__ __forceinline__ Columns rounded() const {
     Columns columns;
 #pragma unroll
@@ -57,65 +64,130 @@ struct Sum {
   }
 };
 
-// What a note asks for after its row. False: stop.
-template <typename T>
-__device__ __forceinline__ bool follow(const Note& note, int first, Sum<T>& sum, Columns& own,
-                                       uint32_t stored) {
-  if (note.what & kClear) sum = Sum<T>();
-  if (note.what & kHold) {
-    own = sum.rounded();
-    sum = Sum<T>();
-  }
-  if (note.what & kAddOwn) {
-#pragma unroll
-    for (int j = 0; j < kColumnVecs; ++j) sum.add(j, own.v[j], 1.0f);
-  }
-  if (note.what & kStore) {
-    const Columns columns = sum.rounded();
-    sum = Sum<T>();
+// A consumer thread. kFp8: partials travel as e4m3 and scales.
+template <typename T, bool kFp8>
+class Consumer {
+ public:
+  __device__ __forceinline__ Consumer(const Body& b, const Ring& ring, const Pushes& pushes)
+      : ring_(ring),
+        pushes_(pushes),
+        stored_(shared_address(pushes.stored)),
+        power_of_two_(b.p.power_of_two_scales),
+        first_(threadIdx.x - 32 * kFirstConsumer) {
 #pragma unroll
     for (int j = 0; j < kColumnVecs; ++j) {
-      const int at = first + j * kConsumers;
-      if (at < int(note.what % kSomething)) {
-        store_row(reinterpret_cast<Vec*>(note.to) + at, columns.v[j]);
+      here_[j] = first_ - lane_id() + j * kConsumers < b.cut.segment_vecs;
+      at_[j] = min_int(first_ + j * kConsumers, b.cut.segment_vecs - 1);
+    }
+  }
+
+  // All rows that the producer sends. What lies in a slot behind its row is added too, to columns
+  // that are never stored.
+  __device__ __forceinline__ void run() {
+    for (;;) {
+      const Note note = ring_.await();
+      if (kFp8 && (note.what & kFp8Row)) {
+        add_fp8_row(vecs_of(note));
+      } else {
+        add_row(note.weight);
+      }
+      if (note.what >= kSomething && !follow(note)) return;
+    }
+  }
+
+ private:
+  using Word = typename Fp8<T>::Word;
+  static constexpr int kLanes = kScaleBlock / Pack<T>::kCount;  // that share a scale
+
+  __device__ __forceinline__ void add_row(float weight) {
+    Columns row;
+#pragma unroll
+    for (int j = 0; j < kColumnVecs; ++j) {
+      if (here_[j]) row.v[j] = ring_.at<Vec>(at_[j] * int(sizeof(Vec)));
+    }
+    ring_.release();
+#pragma unroll
+    for (int j = 0; j < kColumnVecs; ++j) {
+      if (here_[j]) sum_.add(j, row.v[j], weight);
+    }
+  }
+
+  // A partial as it has travelled: values, and behind all of them the scales.
+  __device__ __forceinline__ void add_fp8_row(int vecs) {
+    Word q[kColumnVecs];
+    uint32_t scale[kColumnVecs];
+#pragma unroll
+    for (int j = 0; j < kColumnVecs; ++j) {
+      if (!here_[j]) continue;
+      q[j] = ring_.at<Word>(at_[j] * int(sizeof(Word)));
+      scale[j] = ring_.at<uint32_t>(vecs * int(sizeof(Word)) + at_[j] / kLanes * 4);
+    }
+    ring_.release();
+#pragma unroll
+    for (int j = 0; j < kColumnVecs; ++j) {
+      if (here_[j]) sum_.add(j, Fp8<T>(q[j]), __uint_as_float(scale[j]));
+    }
+  }
+
+  // What a note asks for after its row. False: stop.
+  __device__ __forceinline__ bool follow(const Note& note) {
+    const uint32_t place = note.what >> kPlaceShift;
+    if (note.what & kClear) sum_ = Sum<T>();
+    if (note.what & kHold) {
+      own_ = sum_.rounded();
+      sum_ = Sum<T>();
+    }
+    if (note.what & kAddOwn) {
+#pragma unroll
+      for (int j = 0; j < kColumnVecs; ++j) sum_.add(j, own_.v[j], 1.0f);
+    }
+    if (note.what & kStore) {
+      const Columns columns = sum_.rounded();
+      sum_ = Sum<T>();
+      if (kFp8 && (note.what & kTell)) {
+        store_fp8(note, columns, reinterpret_cast<float*>(pushes_.scales[place]));
+      } else {
+        store(note, columns);
       }
     }
+    if (note.what & kTell) {
+      __syncwarp();  // the warp's pushes before the arrival
+      if (lane_id() == 0) arrive(stored_ + place * 8);
+    }
+    return !(note.what & kStop);
   }
-  if (note.what & kTell) {
-    __syncwarp();  // the warp's pushes before the arrival
-    if (lane_id() == 0) arrive(stored + (note.what >> kPlaceShift) * 8);
-  }
-  return !(note.what & kStop);
-}
 
-// By a consumer warp, all rows that the producer sends. What lies in a slot behind its row is added
-// too, to columns that are never stored.
-template <typename T>
-__device__ __forceinline__ void consume(Ring ring, int slot_vecs, const Pushes& pushes) {
-  const uint32_t stored = shared_address(pushes.stored);
-  const int first = threadIdx.x - 32 * kFirstConsumer;
-  int at[kColumnVecs];
-  bool here[kColumnVecs];  // some lane of this warp has columns
-#pragma unroll
-  for (int j = 0; j < kColumnVecs; ++j) {
-    here[j] = first - lane_id() + j * kConsumers < slot_vecs;
-    at[j] = min_int(first + j * kConsumers, slot_vecs - 1) * int(sizeof(Vec));
-  }
-  Sum<T> sum;
-  Columns own = {}, row = {};
-  for (;;) {
-    const Note note = ring.await();
+  __device__ __forceinline__ void store(const Note& note, const Columns& columns) const {
 #pragma unroll
     for (int j = 0; j < kColumnVecs; ++j) {
-      if (here[j]) row.v[j] = ring.column(at[j]);
+      const int at = first_ + j * kConsumers;
+      if (at < vecs_of(note)) store_row(reinterpret_cast<Vec*>(note.to) + at, columns.v[j]);
     }
-    ring.release();
+  }
+
+  __device__ __forceinline__ void store_fp8(const Note& note, const Columns& columns,
+                                            float* scales) const {
 #pragma unroll
     for (int j = 0; j < kColumnVecs; ++j) {
-      if (here[j]) sum.add(j, row.v[j], note.weight);
+      const int at = first_ + j * kConsumers;
+      if (at - lane_id() >= vecs_of(note)) return;  // the whole warp
+      float scale;
+      const Fp8<T> q = quantize(Pack<T>(columns.v[j]), power_of_two_, &scale);
+      if (at >= vecs_of(note)) continue;
+      reinterpret_cast<Word*>(note.to)[at] = q.word;
+      if (at % kLanes == 0) scales[at / kLanes] = scale;
     }
-    if (note.what >= kSomething && !follow(note, first, sum, own, stored)) return;
   }
-}
+
+  Ring ring_;
+  const Pushes& pushes_;
+  const uint32_t stored_;  // address of its barriers
+  const bool power_of_two_;
+  const int first_;         // of my columns, in Vecs of an item
+  int at_[kColumnVecs];     // my columns in a slot
+  bool here_[kColumnVecs];  // some lane of this warp has columns there
+  Sum<T> sum_;
+  Columns own_ = {};
+};
 
 }  // namespace jax_ep

@@ -24,18 +24,21 @@ constexpr int kMostSegmentVecs = kColumnVecs * kConsumers;
 
 enum Output { kPartials = 0, kScalars = 1 };
 
-// Note::what: the Vecs of the item, at most kMostSegmentVecs, and what consumers do after the row,
-// in this order.
+// Note::what: the Vecs of the item, at most kMostSegmentVecs, what the row is, and what consumers
+// do after it, in this order.
+constexpr uint32_t kFp8Row = 1 << 15;  // a partial as it travels: e4m3 and scales
 constexpr uint32_t kClear = 1 << 16;   // there was no row: the sum is zero
 constexpr uint32_t kHold = 1 << 17;    // my own partial is complete: round, hold, begin anew
 constexpr uint32_t kAddOwn = 1 << 18;  // add what is held
-constexpr uint32_t kStore = 1 << 19;   // round, store to `to`, begin anew
+constexpr uint32_t kStore = 1 << 19;   // round, store to `to`, begin anew; quantise what is told
 constexpr uint32_t kTell = 1 << 20;    // tell the signaller, at the place in bits 24 and up
 constexpr uint32_t kStop = 1 << 21;
 constexpr uint32_t kSomething = kClear;  // from here on
 constexpr int kPlaceShift = 24;
 
-static_assert(kMostSegmentVecs < kSomething);
+static_assert(kMostSegmentVecs < kFp8Row);
+
+__device__ __forceinline__ int vecs_of(const Note& note) { return note.what % kFp8Row; }
 
 // Items to push, from the producer to the signaller by way of the consumers.
 constexpr int kPlaces = 16;
@@ -47,6 +50,7 @@ struct Pushed {
 
 struct Pushes {               // in shared memory
   Pushed entry[kPlaces];      // by the producer, before the note that names it
+  char* scales[kPlaces];      // with the entry: where the partial's go, if it travels as FP8
   uint64_t stored[kPlaces];   // one arrival of each consumer warp, after its pushes of the item
   uint64_t counted[kPlaces];  // by the signaller, which has read the entry: free again
 
@@ -67,8 +71,9 @@ struct Body {
   Roles roles;
   int chunk;  // tokens
   int chunks;
-  int row_bytes;  // 0 without y
-  int vecs;       // of a row
+  int row_bytes;   // 0 without y
+  int vecs;        // of a row
+  int wire_bytes;  // of a Vec of a partial: all, or one for a channel, as e4m3
   Cut cut;
 
   __device__ size_t offset(int segment) const {  // bytes
@@ -78,6 +83,21 @@ struct Body {
     return min_int(cut.segment_vecs, vecs - segment * cut.segment_vecs);
   }
   __device__ int slot_bytes() const { return cut.segment_vecs * int(sizeof(Vec)); }
+
+  __device__ bool fp8() const { return wire_bytes != sizeof(Vec); }
+  __device__ int partial_bytes() const { return fp8() ? fp8_partial_bytes(p.hidden) : row_bytes; }
+
+  // Where the values and the scales of a segment are in a partial, and the bytes of the scales of
+  // `vecs`, for a bulk copy.
+  __device__ size_t values_at(int segment) const {
+    return size_t(segment) * cut.segment_vecs * wire_bytes;
+  }
+  __device__ size_t scales_at(int segment) const {
+    return p.hidden + values_at(segment) / kScaleBlock * sizeof(float);
+  }
+  __device__ int scale_bytes(int vecs) const {
+    return ceil_div(vecs * wire_bytes, 4 * kScaleBlock) * 16;
+  }
 };
 
 }  // namespace jax_ep

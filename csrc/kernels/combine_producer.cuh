@@ -68,7 +68,7 @@ class Producer {
         [&](const Batch& batch) { return sum(batch); });
   }
 
-  __device__ void stop() { ring_.put(lane_id(), 1, Note{0.0f, kStop, nullptr}, nullptr, 0); }
+  __device__ void stop() { ring_.put(lane_id(), 1, Note{0.0f, kStop, nullptr}, {}); }
 
  private:
   // All notes of a batch at once.
@@ -87,12 +87,16 @@ class Producer {
     Note note{batch.weight, uint32_t(b.vecs_of(batch.segment)), nullptr};
     if (has_note && lane_.k == notes - 1) {
       const uint32_t place = tell(told_ + lane_.item, batch);
-      if (rows > 0) note.to = partial_on_source(batch);
+      char* partial = rows > 0 ? partial_on_source(batch) : nullptr;
+      if (partial != nullptr) note.to = partial + b.values_at(batch.segment);
+      if (partial != nullptr && b.fp8()) {
+        pushes_.scales[place] = partial + b.scales_at(batch.segment);
+      }
       note.what |= (note.to == nullptr ? kClear : kStore) | kTell | place << kPlaceShift;
     }
     told_ += batch.count;
     ring_.put(has_note ? __popc(all & ((1u << lane_id()) - 1)) : -1, __popc(all), note,
-              row_of(batch), has_row ? row_bytes(batch.segment) : 0);
+              has_row ? row_of(batch) : Piece{});
     return !__any_sync(kAllLanes, batch.broken != 0);
   }
 
@@ -100,11 +104,11 @@ class Producer {
   __device__ __forceinline__ char* partial_on_source(const Batch& batch) {
     const size_t slot = size_t(batch.t) * partial_slots(p.exchange) + batch.slot;
     const uint64_t bytes = peers_.bytes[batch.source][kPartials];
-    if ((slot + 1) * b.row_bytes > bytes) {
+    if ((slot + 1) * b.partial_bytes() > bytes) {
       b.op.fail(Fault::kBounds, Phase::kRows, batch.source, slot, bytes);
       return nullptr;
     }
-    return peers_.output[batch.source][kPartials] + slot * b.row_bytes + b.offset(batch.segment);
+    return peers_.output[batch.source][kPartials] + slot * b.partial_bytes();
   }
 
   __device__ __forceinline__ bool sum(const Batch& batch) {
@@ -138,8 +142,7 @@ class Producer {
       if (rows > 0 && before_own == 0) last |= kAddOwn;
       if (partials == 0) last |= kStore;
       const Note note{batch.weight, lane_.k == own - 1 ? vecs | last : vecs, to};
-      ring_.put(mine && lane_.k < own ? lane_.k : -1, own, note, row_of(batch),
-                has_row ? row_bytes(segment) : 0);
+      ring_.put(mine && lane_.k < own ? lane_.k : -1, own, note, has_row ? row_of(batch) : Piece{});
     }
     if (!await_arrivals(t)) return false;
     for (int rank = lane_id(); rank - lane_id() < b.op.R && partials > 0; rank += 32) {
@@ -149,8 +152,11 @@ class Producer {
       Note note{1.0f, vecs, to};
       if (rows > 0 && order == before_own - 1) note.what |= kAddOwn;
       if (order == partials - 1) note.what |= kStore;
+      if (b.fp8()) note.what |= kFp8Row;
+      const char* partial = p.partials + slot * b.partial_bytes();
       ring_.put(kept >> rank & 1 ? order - earlier : -1, some, note,
-                p.partials + slot * b.row_bytes + b.offset(segment), row_bytes(segment));
+                {partial + b.values_at(segment), int(vecs) * b.wire_bytes},
+                b.fp8() ? Piece{partial + b.scales_at(segment), b.scale_bytes(vecs)} : Piece{});
     }
     return true;
   }
@@ -160,11 +166,9 @@ class Producer {
     return __shfl_sync(kAllLanes, value, item * p.exchange.top_k);
   }
 
-  __device__ __forceinline__ const char* row_of(const Batch& batch) const {
-    return p.y + size_t(batch.row) * b.row_bytes + b.offset(batch.segment);
-  }
-  __device__ __forceinline__ int row_bytes(int segment) const {
-    return b.vecs_of(segment) * int(sizeof(Vec));
+  __device__ __forceinline__ Piece row_of(const Batch& batch) const {
+    return {p.y + size_t(batch.row) * b.row_bytes + b.offset(batch.segment),
+            b.vecs_of(batch.segment) * int(sizeof(Vec))};
   }
 
   // The chunk of my token t of every other rank, for bulk copies too. Tokens come in order, so
@@ -199,7 +203,7 @@ class Producer {
     while (!is_complete(counted_ + place * 8, phase_of(told_) ^ 1)) {
     }
     if (lane_id() == 0) pushes_.entry[place] = {0, 0, 0};
-    ring_.put(lane_id(), 1, Note{0.0f, kClear | kTell | place << kPlaceShift, nullptr}, nullptr, 0);
+    ring_.put(lane_id(), 1, Note{0.0f, kClear | kTell | place << kPlaceShift, nullptr}, {});
   }
 
   const Body& b;

@@ -102,7 +102,8 @@ struct CombineParams {
   const int32_t* token_slot;  // [R*T]
   char* out;                  // [T, H]
   float* scalars;             // [T*K]
-  char* partials;             // [T, partial_slots(exchange), H]: peers push here
+  char* partials;             // [T, partial_slots(exchange), bytes of a partial]: peers push here
+  int power_of_two_scales;    // scale_format "e8m0"
   int wire_percent;           // blocks that push, 0 for the default
 };
 
@@ -154,6 +155,10 @@ size_t plan_scratch_words(const Exchange& e);
 // Partials of one token that may come from peers.
 JAX_EP_HD int partial_slots(const Exchange& e) { return min_int(e.num_ranks - 1, e.top_k); }
 
+// Bytes of a partial that travels as FP8: e4m3 values, then a float32 scale for every 128 channels,
+// then nothing up to a multiple of 128, so that values lie in whole lines.
+JAX_EP_HD int fp8_partial_bytes(int hidden) { return hidden + ceil_div(hidden, 32 * 128) * 128; }
+
 // Launch on `num_sms` blocks, one per SM. `all_ranks`: `params` is a device array with one entry
 // per rank and one launch plays all of them, rank = blockIdx.y (for tests and sanitizers).
 struct Launch {
@@ -180,7 +185,7 @@ cudaError_t load_slot_combine();
 cudaError_t launch_plan(const PlanParams* params, const Exchange& e, const Launch& how);
 cudaError_t launch_dispatch(const DispatchParams* params, Element x, Wire wire, int hidden,
                             const Launch& how);
-cudaError_t launch_combine(const CombineParams* params, Element y, const Launch& how);
+cudaError_t launch_combine(const CombineParams* params, Element y, Wire wire, const Launch& how);
 cudaError_t launch_slot_dispatch(const SlotDispatchParams* params, const Exchange& e, Element x,
                                  Wire wire, int hidden, const Launch& how);
 cudaError_t launch_slot_combine(const SlotCombineParams* params, const Exchange& e, Element y,

@@ -153,8 +153,8 @@ int main(int argc, char** argv) {
                          h.a.weights[r]->bytes(), cudaMemcpyDefault),
               "weights");
     }
-    std::printf("R=%d T=%d H=%d E=%d K=%d rows=%d sms=%d wire=%d\n", devices, T, H, E, K,
-                c.x.num_rows, sms, wire);
+    std::printf("R=%d T=%d H=%d E=%d K=%d rows=%d sms=%d wire=%d fp8_combine=%d\n", devices, T, H,
+                E, K, c.x.num_rows, sms, wire, fp8_combine);
     time_op("plan", group, h, [&](int r) { h.plan(r); });
     for (int percent : wire_percents) {
       c.wire_percent = percent;

@@ -133,7 +133,9 @@ class Harness {
       chars(a.rows, rows * row_bytes());
       chars(a.y, rows * H * size_of(c.type));
       chars(a.out, T * H * size_of(c.type));
-      chars(a.partials, T * partial_slots(x) * H * size_of(c.type));
+      chars(a.partials,
+            T * partial_slots(x) *
+                (c.quantized_partials ? fp8_partial_bytes(c.hidden) : H * size_of(c.type)));
       for (auto* b : {&a.row_scalars, &a.weights}) floats(*b, rows);
       floats(a.row_scales, rows * (H / kScaleBlock));
       floats(a.scalars_out, T * K);
@@ -170,7 +172,10 @@ class Harness {
   void combine(int only = -1) {
     run<CombineParams>(
         only, [&](int r) { return combine_params(r); },
-        [&](const CombineParams* p, const Launch& how) { return launch_combine(p, c_.type, how); });
+        [&](const CombineParams* p, const Launch& how) {
+          const Wire wire = c_.quantized_partials ? Wire::kQuantized : Wire::kCopy;
+          return launch_combine(p, c_.type, wire, how);
+        });
   }
 
   // The same through slots, plan included; halves too.
@@ -276,6 +281,7 @@ class Harness {
     p.out = a.out[r]->data();
     p.scalars = a.scalars_out[r]->data();
     p.partials = a.partials[r]->data();
+    p.power_of_two_scales = c_.power_of_two;
     p.wire_percent = c_.wire_percent;
     lend(p.call, 0, a.partials[r]);
     lend(p.call, 1, a.scalars_out[r]);

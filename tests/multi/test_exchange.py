@@ -108,7 +108,7 @@ def test_every_operation(view, dtype, options):
         (
             "float16",
             dict(capacity=12, layout="batched", wire_dtype=FP8, scale_format="e8m0"),
-            dict(),
+            dict(wire_dtype=FP8, scale_format="e8m0"),
             dict(config=DIRECT),
         ),
     ],
