@@ -89,12 +89,9 @@ void lend(const Member& member, Call* call, int slot, const void* data, size_t b
   call->lent.bytes[slot] = bytes;
 }
 
-Launch launch_of(const Attributes& a, const Member& member, cudaStream_t stream) {
-  int count = 0;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount,
-                         member.group->devices()[member.rank]);
-  count = std::max(1, count / member.group->ranks_per_device());
-  return Launch{a.num_sms == 0 ? count : std::min(a.num_sms, count), stream, 0};
+Launch launch_of(const Attributes& a, const Member& member, cudaStream_t stream, const Demand& of) {
+  const int wanted = a.num_sms > 0 ? a.num_sms : member.group->default_sms(member.rank, of);
+  return Launch{std::min(wanted, member.group->most_sms(member.rank)), stream, 0};
 }
 
 ffi::Error launched(cudaError_t error, const char* operation) {

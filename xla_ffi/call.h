@@ -11,7 +11,7 @@ namespace jax_ep {
 struct Attributes {
   std::string_view group;
   Exchange exchange;
-  int num_sms;  // 0: all
+  int num_sms;  // 0: the default
 };
 
 Attributes attributes(std::string_view group, int64_t num_ranks, int64_t num_experts,
@@ -57,8 +57,9 @@ Signature signature_of(const Attributes& a, Operation operation);
 void lend(const Member& member, Call* call, int slot, const void* data, size_t bytes,
           Checker& checker);
 
-// On all SMs by default; ranks that share a GPU share them, as their kernels wait for each other.
-Launch launch_of(const Attributes& a, const Member& member, cudaStream_t stream);
+// On as many SMs as `of` takes by default, all without it.
+Launch launch_of(const Attributes& a, const Member& member, cudaStream_t stream,
+                 const Demand& of = {});
 ffi::Error launched(cudaError_t error, const char* operation);
 
 // The halves of a small batch's operation as the program names them.

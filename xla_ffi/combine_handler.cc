@@ -32,7 +32,7 @@ ffi::Error combine(cudaStream_t stream, const Attributes& a, bool has_rows, bool
   p.row_pair = buffers.operand<int32_t>("row_pair", kInt, {rows});
   p.token_rows = buffers.operand<int32_t>("token_rows", kInt, {x.num_ranks * T, K});
   p.token_slot = buffers.operand<int32_t>("token_slot", kInt, {x.num_ranks * T});
-  const int64_t slots = partial_slots(x), row_bytes = H * bytes_of(element);
+  const int64_t slots = partial_slots(x), row_bytes = H * element_bytes(element);
   const bool fp8 = how == Wire::kQuantized;
   const int64_t partial_bytes = fp8 ? fp8_partial_bytes(p.hidden) : row_bytes;
   if (has_rows) p.out = buffers.result<char>("out", type, {T, H});
@@ -53,7 +53,9 @@ ffi::Error combine(cudaStream_t stream, const Attributes& a, bool has_rows, bool
   s.add(H).add(static_cast<int>(type)).add(has_rows).add(has_weights).add(has_scalars);
   s.add(wire).add(power_of_two);
   p.call.signature = s.value();
-  return launched(launch_combine(&p, element, how, launch_of(a, member, stream)), "jax_ep_combine");
+  const Demand of = how == Wire::kCopy ? combine_demand(x.num_ranks, x.top_k) : Demand{};
+  return launched(launch_combine(&p, element, how, launch_of(a, member, stream, of)),
+                  "jax_ep_combine");
 }
 
 XLA_FFI_DEFINE_HANDLER(handler, with_attributes(combine),

@@ -29,7 +29,7 @@ ffi::Error dispatch(cudaStream_t stream, const Attributes& a, int64_t wire, bool
   DispatchParams p{};
   p.exchange = x;
   p.hidden = static_cast<int>(H);
-  p.row_bytes = static_cast<int>(H) * (how == Wire::kQuantized ? 1 : bytes_of(element));
+  p.row_bytes = static_cast<int>(H) * (how == Wire::kQuantized ? 1 : element_bytes(element));
   p.zero_tail = zero_tail;
   p.power_of_two_scales = power_of_two;
   p.x = buffers.operand<char>("x", type, {T, H});
@@ -54,7 +54,8 @@ ffi::Error dispatch(cudaStream_t stream, const Attributes& a, int64_t wire, bool
   Signature s = signature_of(a, Operation::kDispatch);
   s.add(H).add(static_cast<int>(type)).add(wire).add(power_of_two).add(has_scales).add(has_scalars);
   p.call.signature = s.value();
-  return launched(launch_dispatch(&p, element, how, p.hidden, launch_of(a, member, stream)),
+  const Demand of = how == Wire::kCopy ? dispatch_demand(x.num_ranks, x.top_k) : Demand{};
+  return launched(launch_dispatch(&p, element, how, p.hidden, launch_of(a, member, stream, of)),
                   "jax_ep_dispatch");
 }
 

@@ -39,8 +39,6 @@ bool element_of(ffi::DataType type, Element* out) {
   }
 }
 
-int bytes_of(Element e) { return e == Element::kF32 ? 4 : e == Element::kFp8 ? 1 : 2; }
-
 bool wire_of(int64_t wire, Wire* out, Checker& checker) {
   *out = static_cast<Wire>(wire);
   if (wire >= 0 && wire <= 2) return true;
@@ -62,7 +60,7 @@ bool x_of(const Buffers& buffers, Wire how, bool has_scales, ffi::DataType* type
     checker.fail("x: expected bf16, f16, f32 or e4m3fn");
     return false;
   }
-  const int64_t row_bytes = *H * (how == Wire::kQuantized ? 1 : bytes_of(*element));
+  const int64_t row_bytes = *H * (how == Wire::kQuantized ? 1 : element_bytes(*element));
   return are_whole("x", *H, row_bytes, how != Wire::kCopy || has_scales, checker);
 }
 
@@ -72,7 +70,7 @@ bool y_of(const Buffers& buffers, Wire how, ffi::DataType* type, int64_t* H, Ele
     checker.fail("y: expected bf16, f16 or f32");
     return false;
   }
-  return are_whole("y", *H, *H * bytes_of(*element), how == Wire::kQuantized, checker);
+  return are_whole("y", *H, *H * element_bytes(*element), how == Wire::kQuantized, checker);
 }
 
 PlanArrays take_plan(const Exchange& x, Buffers& buffers) {

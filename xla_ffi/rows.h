@@ -9,7 +9,6 @@ constexpr auto kInt = ffi::DataType::S32;
 constexpr auto kFloat = ffi::DataType::F32;
 
 bool element_of(ffi::DataType type, Element* out);
-int bytes_of(Element e);
 
 // How rows travel in a dispatch, and partials in a combine.
 bool wire_of(int64_t wire, Wire* out, Checker& checker);

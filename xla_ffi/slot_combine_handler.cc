@@ -48,7 +48,7 @@ ffi::Error slot_combine(cudaStream_t stream, const Attributes& a, int64_t phase,
   const Operation operations[] = {Operation::kCombine, Operation::kCombineStart,
                                   Operation::kCombineDone};
   if (!checker.ok() || !enter(a, operations[phase], checker, &p.call, &member) ||
-      !fits_slots(a, member, size_t(H) * bytes_of(element), checker)) {
+      !fits_slots(a, member, size_t(H) * element_bytes(element), checker)) {
     return checker.error();
   }
   Signature s = signature_of(a, Operation::kCombine);

@@ -30,7 +30,7 @@ ffi::Error slot_dispatch(cudaStream_t stream, const Attributes& a, int64_t phase
   p.exchange = x;
   p.half = half;
   p.hidden = static_cast<int>(H);
-  p.row_bytes = static_cast<int>(H) * (how == Wire::kQuantized ? 1 : bytes_of(element));
+  p.row_bytes = static_cast<int>(H) * (how == Wire::kQuantized ? 1 : element_bytes(element));
   p.zero_tail = zero_tail;
   p.power_of_two_scales = power_of_two;
   p.x = buffers.operand<char>("x", type, {T, H});
@@ -53,7 +53,7 @@ ffi::Error slot_dispatch(cudaStream_t stream, const Attributes& a, int64_t phase
   const Operation operations[] = {Operation::kDispatch, Operation::kDispatchStart,
                                   Operation::kDispatchDone};
   if (!checker.ok() || !enter(a, operations[phase], checker, &p.call, &member) ||
-      !fits_slots(a, member, size_t(H) * bytes_of(element), checker)) {
+      !fits_slots(a, member, size_t(H) * element_bytes(element), checker)) {
     return checker.error();
   }
   Signature s = signature_of(a, Operation::kDispatch);
