@@ -2,6 +2,7 @@
 """Which implementation a platform gets is decided, and judged, when lowering."""
 
 import dataclasses
+import functools
 import re
 import warnings
 
