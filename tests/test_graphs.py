@@ -71,7 +71,9 @@ n = 16 * mesh.size
 x = np.arange(n * 256, dtype=np.float32).reshape(n, 256)
 idx = np.stack([np.arange(n) % 8, np.arange(n) // 3 % 8], 1).astype(np.int32)
 for name, layer in dict(whole=whole, halves=halves, direct=direct).items():
-    np.testing.assert_array_equal(program(name, layer)(x, idx), x)
+    run = program(name, layer)
+    for _ in range(4):  # the first is not captured
+        np.testing.assert_array_equal(run(x, idx), x)
 jax_ep.check()
 """
 #: Custom calls of one turn of each loop.

@@ -108,7 +108,7 @@ def names(num_sms: int) -> dict[str, str]:
 
 def config(num_sms: int) -> jax_ep.Config:
     """The operation as it runs beside compute."""
-    return jax_ep.Config(num_sms=num_sms)
+    return jax_ep.Config(num_sms=num_sms, overlap=True)
 
 
 def time_beside(ex: Exchange, sms: list[int]) -> None:
