@@ -15,6 +15,7 @@ for attention and is a dense block of two products. Measured are
 one batch      all tokens at once, nothing beside communication
 in turn        the two micro-batches one after the other
 side by side   the two as above
+one stream     the same program without `overlap`: the same bits, or the exit status is 1
 compute alone  as side by side, with rows and sums that are there already instead of communication
 
 and the share of communication that is hidden, of what "in turn" takes longer than "compute alone".
@@ -225,6 +226,7 @@ def programs(sizes: Sizes, mesh: Mesh, sms: list[int | None]) -> dict[str, Calla
         "one batch": program(sizes, mesh, in_turn, plain, parts=1),
         "in turn": program(sizes, mesh, in_turn, plain),
         "compute alone": lambda params, x: alone(params, x, rows),
+        "one stream": program(sizes, mesh, side_by_side, plain),
     }
     for n in sms:
         config = jax_ep.Config(num_sms=n, overlap=True)
@@ -306,9 +308,16 @@ def read_trace(directory: str) -> list[Span]:
         raise FileNotFoundError(f"{directory}: expected a *.trace.json.gz, got none")
     with gzip.open(files[-1], "rt") as file:
         events = json.load(file)["traceEvents"]
-    names = {(e["pid"], e.get("tid"), e["name"]): e["args"].get("name") for e in events if e["ph"] == "M"}  # fmt: skip
+    events = [e for e in events if "ph" in e]  # the last one may be empty
+    names = {
+        (e["pid"], e.get("tid"), e["name"]): e["args"].get("name")
+        for e in events
+        if e["ph"] == "M" and "args" in e
+    }
     gpus = sorted(
-        pid for (pid, _, kind), name in names.items() if kind == "process_name" and "GPU:" in name
+        pid
+        for (pid, _, kind), name in names.items()
+        if kind == "process_name" and "GPU:" in str(name)
     )
     spans = []
     for e in events:
@@ -381,9 +390,9 @@ def main(argv: list[str] | None = None) -> int:
     operands = params, x
     made = programs(sizes, mesh, [None, *args.sms])
     last = made[named(args.sms[-1] if args.sms else None)]
-    want, got = (np.asarray(f(*operands), np.float32) for f in (made["in turn"], last))
+    want, got = (np.asarray(f(*operands), np.float32) for f in (made["one stream"], last))
     same = float((want == got).mean())
-    print(f"side by side: {same:.4%} of the values are those of in turn")
+    print(f"side by side: {same:.4%} of the values are those of the same program on one stream")
     text = last.lower(*operands).compile().as_text()
     pairs, between = pairs_of(text)
     print(f"compiled: {pairs} operations run asynchronously, {between} with products meanwhile")
@@ -402,8 +411,7 @@ def main(argv: list[str] | None = None) -> int:
         facts |= dict(jax=_info.facts()["jax"], xla_flags=os.environ.get("XLA_FLAGS", ""))
         Path(args.json).write_text(json.dumps(facts | dict(rows=rows), indent=1) + "\n")
     jax_ep.check()
-    close = np.allclose(want, got, rtol=0.05, atol=0.05 * np.abs(want).max())
-    return 0 if close and (on_gpus or same == 1) else 1
+    return 0 if same == 1 else 1
 
 
 if __name__ == "__main__":

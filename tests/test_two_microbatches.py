@@ -19,7 +19,8 @@ def test_main(tmp_path, capsys):
     assert two_microbatches.main([*SMALL, "--sms=4", f"--json={file}"]) == 0
     result = json.loads(file.read_text())
     assert (result["same"], result["ranks"], result["pairs"]) == (1, 8, 0)
-    names = ["one batch", "in turn", "compute alone", "side by side", "side by side, 4 SMs"]
+    names = ["one batch", "in turn", "compute alone", "one stream"]
+    names += ["side by side", "side by side, 4 SMs"]
     assert list(result["rows"]) == names
     assert all(row["ms"] > 0 for row in result["rows"].values())
     assert "hidden" in result["rows"]["side by side"] and "hidden" not in result["rows"]["in turn"]
