@@ -6,8 +6,11 @@
 
 namespace jax_ep {
 
-constexpr int kBatchBytes = 64 << 10;  // of rows, about: what hides a look-up
-constexpr int kRunsPerBlock = 4;       // of the items that are left, at least
+// Of the rows of a batch, about: what hides a look-up. Few blocks are bound by their producers, and
+// these by what a batch costs: fewer, larger ones.
+constexpr int kFewBlocks = 96;
+constexpr int kBatchBytes = 64 << 10, kBatchBytesOfFew = 128 << 10;
+constexpr int kRunsPerBlock = 4;  // of the items that are left, at least
 
 struct Run {
   int first;
@@ -77,7 +80,8 @@ struct Lane {
 __device__ __forceinline__ int most_items(const Body& b) {
   const Exchange& x = b.p.exchange;
   const int rows = max_int(1, x.top_k / x.num_ranks);  // of an item, about
-  const int fit = kBatchBytes / (b.slot_bytes() * rows);
+  const int bytes = gridDim.x < kFewBlocks ? kBatchBytesOfFew : kBatchBytes;
+  const int fit = bytes / (b.slot_bytes() * rows);
   return max_int(1, min_int(min_int(32 / x.top_k, kPlaces), fit));
 }
 

@@ -51,14 +51,18 @@ class Nvml {
     unsigned on = 0;
     for (unsigned link = 0; link < kMostLinks && link_state_(device, link, &on) == 0; ++link)
       active += on != 0;
-    FieldValue speed{};
-    speed.field = kLinkSpeed;
-    const bool known = field_values_(device, 1, &speed) == 0 && speed.error == 0;
-    return known ? active * (speed.value.as_uint / 1e3) : 0;
+    for (unsigned field : kLinkSpeeds) {
+      FieldValue speed{};
+      speed.field = field;
+      const bool known = field_values_(device, 1, &speed) == 0 && speed.error == 0;
+      if (known) return active * (speed.value.as_uint / 1e3);
+    }
+    return 0;
   }
 
  private:
-  static constexpr unsigned kLinkSpeed = 90;  // NVML's number of: MB/s of each active link
+  // NVML's numbers of: MB/s of each active link, from Hopper on and before.
+  static constexpr unsigned kLinkSpeeds[] = {164, 90};
   static constexpr unsigned kMostLinks = 64;
 
   template <typename Function>
