@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 // combine of a small batch: one launch, one flight, no lease.
 //
-//           data warps                                   post warp (of each block)
-//   start   per token of a peer with rows here (a
-//           block has one, or few):
+//           data warps                                    post warp (of each block)
+//   start   per token of a peer with rows here (a block     the header
+//             has one, or few):
 //             partial = its rows here, each times its
 //               weight, added in row order -> the token's
 //               slot on its source (quantised on the way,
 //               if asked)
-//                                  partials are pushed ->  the token's flag there
-//   done    per token of mine:                             every peer's hello
-//             own = the partial of its rows here
-//             await the flag of each other rank that has
-//               rows of it
-//             over these ranks in order, add -> out[t]
+//                                partials are pushed ->     the token's flag there
+//   done    per token of mine:                              awaits the flag of each other rank that
+//             own = the partial of its rows here              has rows of the token
+//                                <- partials are there
+//             over these ranks in order, add -> out[t]      every peer's hello
 //
+// A warp forms the first partial that it pushes before the header is there.
 // `start` and `done` are one launch or two. Products are rounded to float32 before they are added,
 // partials to y's type, the own one too: the large path's bits. Slots, and who may overwrite them
 // when: device/slots.cuh.
@@ -118,13 +118,13 @@ __device__ SlotRow slot_row(const SlotCombineParams& p) {
 
 // A vector of a partial as it travels. All lanes of a warp take part in the making.
 template <typename T>
-struct Piece {
+struct WireVec {
   Pack<T> partial{Vec{}};
   Fp8<T> q;  // if partials travel quantised
   float scale;
 
-  __device__ Piece() {}
-  __device__ Piece(const SlotCombineParams& p, const Pack<T>& partial) : partial(partial) {
+  __device__ WireVec() {}
+  __device__ WireVec(const SlotCombineParams& p, const Pack<T>& partial) : partial(partial) {
     if (p.quantized) q = quantize(partial, p.power_of_two_scales, &scale);
   }
   __device__ void store(const SlotCombineParams& p, char* slot, int vec) const {
@@ -143,7 +143,7 @@ struct Piece {
 template <typename T>
 struct Early {
   bool any = false;  // rows here of the peer's token
-  Piece<T> piece;    // of its partial
+  WireVec<T> piece;  // of its partial
   Row own;           // rows here of my token
   RankSet holders;   // of it
 };
@@ -160,7 +160,7 @@ __device__ Early<T> work_early(const SlotCombineParams& p, const SlotCombineSize
   if (sums) early.own = Row(p, share.me * share.T + share.own_token(task.n));
   if (sums) early.holders = holders_of(p, share.own_token(task.n));
   early.any = __any_sync(kAllLanes, peers.row >= 0);
-  if (early.any) early.piece = Piece<T>(p, partial_of<T>(p, sizes, peers, task.vec));
+  if (early.any) early.piece = WireVec<T>(p, partial_of<T>(p, sizes, peers, task.vec));
   return early;
 }
 
@@ -176,11 +176,11 @@ __device__ void push_partials(const SlotCombineParams& p, const SlotCombineSizes
       const Task task(sizes, i);
       const Token token = share.peer(sizes.by_tokens, first + task.n);
       bool any = early.any;
-      Piece<T> piece = early.piece;
+      WireVec<T> piece = early.piece;
       if (first > 0 || i >= kDataWarps) {
         const Row rows(p, token.of_group(share.T));
         any = __any_sync(kAllLanes, rows.row >= 0);
-        if (any) piece = Piece<T>(p, partial_of<T>(p, sizes, rows, task.vec));
+        if (any) piece = WireVec<T>(p, partial_of<T>(p, sizes, rows, task.vec));
       }
       char* slot = s.outbox(token.source).slot(token.t);
       if (any && task.vec < sizes.vecs) piece.store(p, slot, task.vec);

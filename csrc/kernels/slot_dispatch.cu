@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // dispatch of a small batch, plan included: one launch, one flight.
 //
-//           data warps                                   post warp (of each block)
-//   start   per token of mine (a block has one, or few):   its choices -> every peer's inbox, as
-//   words
-//             its row -> the slot of each peer that it
+//           data warps                                    post warp (of each block)
+//   start   per token of mine (a block has one, or few):    the header; choices -> every peer's
+//             its row -> the slot of each peer that it        inbox, as words
 //             names (quantised on the way)
 //                                       rows are pushed ->  the token's flag on these peers
 //   done    all choices of the group -> the plan, by each
 //             block for itself (slot_routing.cuh)
-//                                       plan is there ---> experts of rows, padding, tail
-//           per token of the group (a block's share):       every peer's hello
-//             own: its row to each of its rows here
-//             a peer's: when its flag says that it is there,
-//               from its slot to each of its rows here
+//                                     the plan is there ->  awaits the flags of the peers' tokens
+//           per own token: its row -> each of its rows        whose rows this block places
+//             here; and what the plan says of all tokens
+//                                       <- rows are there
+//           per peer's token: from its slot to each of      experts of rows, padding, tail;
+//             its rows here                                   every peer's hello
 //
 // `start` and `done` are one launch or two. Nothing of ours is resident between the two. Rows are
 // the large path's, bit for bit. Slots, and who may overwrite them when: device/slots.cuh.
@@ -97,7 +97,7 @@ __device__ void describe_token(const Work<W, T>& work, const AtHand& hand, int n
 // By one warp: one of its tasks of the n-th own token at hand.
 template <Wire W, typename T>
 __device__ void place_own_task(const Work<W, T>& work, const AtHand& hand, int number,
-                               const Early& early, const Piece<W, T>& first) {
+                               const Early& early, const WireVec<W, T>& first) {
   const auto& [p, sizes, s, shared, share] = work;
   const Task task(sizes.by_x_tasks, sizes.x_tasks, number);
   const int t = share.own_token(hand.first + task.n);
@@ -107,7 +107,7 @@ __device__ void place_own_task(const Work<W, T>& work, const AtHand& hand, int n
     place_own(p, sizes, t, task, here, first, early.scalar);
   } else {
     const float scalar = scalar_of_lane(p, t);
-    place_own(p, sizes, t, task, here, Piece<W, T>(p, load_x(p, sizes, t, task)), scalar);
+    place_own(p, sizes, t, task, here, WireVec<W, T>(p, load_x(p, sizes, t, task)), scalar);
   }
 }
 
@@ -127,7 +127,7 @@ __device__ void place_arrived_task(const Work<W, T>& work, const AtHand& hand, i
 // By the data warps: the rows here, and what the plan says, of all the block's tokens.
 template <Wire W, typename T>
 __device__ void place_rows(const Work<W, T>& work, AtHand& hand, const Early& early,
-                           const Piece<W, T>& first) {
+                           const WireVec<W, T>& first) {
   const auto& [p, sizes, s, shared, share] = work;
   for (;;) {
     const int own = min_int(max_int(share.own - hand.first, 0), hand.count);
@@ -195,8 +195,8 @@ __device__ __noinline__ void poison_dispatch(const SlotDispatchParams& p) {
 }
 
 template <Wire W, typename T>
-__device__ void run_data_warps(const Work<W, T>& work, const Early& early, const Piece<W, T>& first,
-                               bool* planned) {
+__device__ void run_data_warps(const Work<W, T>& work, const Early& early,
+                               const WireVec<W, T>& first, bool* planned) {
   __shared__ int position[kSlotGroup][kMaxTopK];
   const auto& [p, sizes, s, shared, share] = work;
   if (s.pushes() && s.op.R > 1) push_rows<W, T>(p, sizes, s, share.own, early, first);
@@ -232,8 +232,8 @@ __device__ void dispatch_body(const SlotDispatchParams& p, const SlotDispatchSiz
   const Early early = load_early(p, sizes, share.own);
   if (!is_post_warp()) shared.clear(p.exchange);
   SlotOp::open();
-  Piece<W, T> first;
-  if (!is_post_warp()) first = Piece<W, T>(p, early.vec);
+  WireVec<W, T> first;
+  if (!is_post_warp()) first = WireVec<W, T>(p, early.vec);
   const SlotOp s(p.call, SlotKind::kDispatch, p.half, p.started);
   if (!s.began_broken()) {
     if (is_post_warp()) {

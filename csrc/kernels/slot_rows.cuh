@@ -34,15 +34,15 @@ struct Task {
 
 // A Vec of x as it travels. All lanes of a warp take part in the making.
 template <Wire W, typename T>
-struct Piece {
+struct WireVec {
   using Word = typename Fp8<T>::Word;
   static constexpr int kLanes = kScaleBlock / Pack<T>::kCount;  // that share a scale
   Vec vec;                                                      // kCopy
   Fp8<T> q;                                                     // otherwise
   float scale;
 
-  __device__ Piece() {}
-  __device__ Piece(const SlotDispatchParams& p, const Vec& v) : vec(v) {
+  __device__ WireVec() {}
+  __device__ WireVec(const SlotDispatchParams& p, const Vec& v) : vec(v) {
     if constexpr (W != Wire::kCopy) q = quantize(Pack<T>(v), p.power_of_two_scales, &scale);
   }
   // To `values` and `scales` of a row that holds it as it travels.
@@ -102,7 +102,7 @@ __device__ inline RankSet named_by(const SlotDispatchParams& p, const PlanSizes&
 template <Wire W, typename T>
 __device__ __forceinline__ void push_task(const SlotDispatchParams& p,
                                           const SlotDispatchSizes& sizes, const SlotOp& s, int t,
-                                          const Task& task, const Piece<W, T>& piece, int choice,
+                                          const Task& task, const WireVec<W, T>& piece, int choice,
                                           float scalar) {
   const SlotRow lie = slot_row<W>(p);
   const RankSet named = named_by(p, sizes.plan, choice);
@@ -128,7 +128,8 @@ __device__ __forceinline__ void push_task(const SlotDispatchParams& p,
 // piece of the thread's first task.
 template <Wire W, typename T>
 __device__ void push_rows(const SlotDispatchParams& p, const SlotDispatchSizes& sizes,
-                          const SlotOp& s, int own, const Early& early, const Piece<W, T>& first) {
+                          const SlotOp& s, int own, const Early& early,
+                          const WireVec<W, T>& first) {
   for (int from = 0; from < own; from += kSlotGroup) {
     const int tasks = min_int(kSlotGroup, own - from) * sizes.x_tasks;
     for (int i = threadIdx.x / 32; i < tasks; i += kDataWarps) {
@@ -137,7 +138,7 @@ __device__ void push_rows(const SlotDispatchParams& p, const SlotDispatchSizes& 
       if (from == 0 && i < kDataWarps) {
         push_task(p, sizes, s, t, task, first, early.choice, early.scalar);
       } else {
-        push_task(p, sizes, s, t, task, Piece<W, T>(p, load_x(p, sizes, t, task)),
+        push_task(p, sizes, s, t, task, WireVec<W, T>(p, load_x(p, sizes, t, task)),
                   choice_of_lane(p, t), scalar_of_lane(p, t));
       }
     }
@@ -178,7 +179,7 @@ __device__ __forceinline__ void place_extras(const SlotDispatchParams& p, int he
 template <Wire W, typename T>
 __device__ __forceinline__ void place_own(const SlotDispatchParams& p,
                                           const SlotDispatchSizes& sizes, int t, const Task& task,
-                                          int here, const Piece<W, T>& piece, float scalar) {
+                                          int here, const WireVec<W, T>& piece, float scalar) {
   const int scales = p.hidden / kScaleBlock;
   if (task.is_last) {
     if constexpr (W == Wire::kCopy) {
@@ -221,7 +222,7 @@ __device__ __forceinline__ void place_arrived(const SlotDispatchParams& p,
   if constexpr (W == Wire::kDequantized) {
     if (there) {
       const Fp8<T> q(load_arrived(reinterpret_cast<const typename Fp8<T>::Word*>(slot) + task.vec));
-      const int block = task.vec / Piece<W, T>::kLanes;
+      const int block = task.vec / WireVec<W, T>::kLanes;
       v = dequantize(q, __uint_as_float(load_arrived(scales + block))).vec;
     }
   } else if (there) {

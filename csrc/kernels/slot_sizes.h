@@ -14,7 +14,7 @@ struct SlotDispatchSizes {
   PlanSizes plan;
   int parts;       // of a token's choices
   int x_vecs;      // of a row of x
-  int slot_lanes;  // that a row in its slot keeps busy, each with a piece of it
+  int slot_lanes;  // that a row in its slot keeps busy, each with a part of it
   int x_tasks, slot_tasks;
   Divider by_parts, by_x_tasks, by_slot_tasks, by_top_k, by_blocks;
 
