@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m jax_ep info`, `python -m jax_ep demo` and `python -m jax_ep bench`."""
+"""`python -m jax_ep info`, `demo`, `bench` and `memory`."""
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 
@@ -46,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     bench.add_argument("--json", metavar="FILE", help="keep the results")
     bench.add_argument("--plot", metavar="FILE", help="a picture of time against SMs and tokens")
+    memory = _add_memory(commands)
     args = parser.parse_args(argv)
+    if args.command == "memory":
+        return _run_memory(memory, vars(args))
     if args.command == "bench":
         if args.plot and importlib.util.find_spec("matplotlib") is None:
             parser.error("--plot: expected matplotlib (pip install matplotlib), got none")
@@ -60,6 +64,66 @@ def main(argv: list[str] | None = None) -> int:
     from . import _info
 
     return _info.main(args.json)
+
+
+def _add_memory(commands) -> argparse.ArgumentParser:
+    memory = commands.add_parser(
+        "memory", help="rows and bytes of a layer on each device, and drops"
+    )
+    for name, default, what in (
+        ("tokens", 4096, "T, tokens per rank"),
+        ("hidden", 7168, "H"),
+        ("experts", 256, "E, over the whole group"),
+        ("top-k", 8, "K, experts per token"),
+        ("ranks", 8, "R, the size of the group"),
+        ("alignment", 1, "expert_alignment"),
+        ("layers", 1, "how many save for the backward pass"),
+        ("samples", 32, "steps whose routing is drawn"),
+    ):
+        what = f"{what} ({default})"
+        memory.add_argument(
+            f"--{name}", type=_positive(int), default=default, metavar="N", help=what
+        )
+    memory.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    memory.add_argument("--wire", choices=["float8_e4m3fn"], help="wire_dtype of dispatch")
+    memory.add_argument("--combine-wire", choices=["float8_e4m3fn"], help="wire_dtype of combine")
+    memory.add_argument(
+        "--deliver", choices=["dequantized", "quantized"], default="dequantized", help="with --wire"
+    )
+    memory.add_argument("--layout", choices=["ragged", "batched"], default="ragged")
+    memory.add_argument(
+        "--capacity-factor",
+        type=_positive(float),
+        nargs="*",
+        default=[1.25, 2.0],
+        metavar="F",
+        help="bounds beside the worst case (1.25 2)",
+    )
+    memory.add_argument(
+        "--skew",
+        type=_positive(float),
+        default=1.0,
+        metavar="S",
+        help="of the skewed routing: the popularity of an expert is exp(S * normal) (1)",
+    )
+    memory.add_argument("--json", action="store_true", help="print JSON")
+    return memory
+
+
+def _run_memory(parser: argparse.ArgumentParser, args: dict) -> int:
+    import jax
+
+    from . import _memory
+
+    jax.config.update("jax_platforms", "cpu")  # planning leaves GPUs alone
+    model = {field.name: args[field.name] for field in dataclasses.fields(_memory.Model)}
+    options = {name: args[name] for name in ("layers", "samples", "skew")}
+    try:
+        return _memory.main(
+            _memory.Model(**model), args["capacity_factor"], args["json"], **options
+        )
+    except (TypeError, ValueError) as error:
+        parser.error(str(error))
 
 
 def _positive(kind: type):

@@ -48,6 +48,35 @@ def test_documented_control_block_is_the_one_in_the_code():
     assert "\n".join(_info.control_block(8)) in page.read_text()
 
 
+def test_memory():
+    sizes = [
+        "--tokens",
+        "8",
+        "--hidden",
+        "128",
+        "--experts",
+        "16",
+        "--top-k",
+        "2",
+        "--ranks",
+        "64",
+        "--samples",
+        "2",
+    ]
+    wrong = command("memory", *sizes)
+    assert wrong.returncode == 2
+    assert "expected a multiple of the group's 64 ranks, got 16" in wrong.stderr
+    right = command("memory", *sizes, "--ranks", "4", "--capacity-factor", "1", "--json")
+    assert right.returncode == 0, right.stderr
+    none, bound = json.loads(right.stdout)["bounds"]
+    assert (none["rows"], bound["rows"]) == (64, 16)
+    assert none["arrays"]["dispatch"]["tokens"] == {
+        "shape": [64, 128],
+        "dtype": "bfloat16",
+        "bytes": 16384,
+    }
+
+
 def test_unknown_command():
     result = command("nonsense")
     assert result.returncode == 2 and "invalid choice" in result.stderr
