@@ -149,7 +149,12 @@ def scratch(model: Model, types: Types) -> tuple[dict[str, Any], str | None]:
         return {}, str(error)
     if path(model, spec) == "direct":
         named["plan"] = _unseen(functools.partial(_cuda.plan, spec=spec), idx)
-    return {name: kept[0] for name, kept in named.items() if kept}, None
+    each = {
+        f"{name} {i}" if i else name: type_
+        for name, types_ in named.items()
+        for i, type_ in enumerate(types_)
+    }
+    return each, None
 
 
 def _unseen(function, *operands) -> list:
