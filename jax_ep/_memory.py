@@ -212,8 +212,12 @@ def asked(model: Model, topk_idx: np.ndarray) -> np.ndarray:
 
 def dropped(counts: np.ndarray, spec: Spec) -> np.ndarray:
     """Pairs that each rank drops, [steps, R], of `counts [steps, R, E/R]`, as the plan does it."""
-    kept, _, _ = jax.jit(jax.vmap(functools.partial(_xla._segments, spec=spec)))(counts)
-    return np.asarray(counts.sum(-1) - kept.sum(-1))
+    return counts.sum(-1) - np.asarray(_kept(counts, spec)).sum(-1)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def _kept(counts: jax.Array, spec: Spec) -> jax.Array:
+    return jax.vmap(lambda step: _xla._segments(step, spec)[0])(counts)
 
 
 def facts(model: Model, factors: list[float], *, layers: int, samples: int, skew: float) -> dict:
