@@ -73,9 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     print("decode:", ", ".join(f"{name} {value}" for name, value in facts.items()))
     print(_slots.rule(config))
     decoders = {name: Decoder(model, name, overlap=args.overlap) for name in args.implementation}
-    results = facts | dict(fixed=[])
+    rows, results = [], facts
     for row in table(decoders, args):
-        results["fixed"].append(row)
+        rows.append(row)
+        results = facts | dict(fixed=rows)
         keep(results, args.json)
     decoder = Decoder(model, args.implementation[0], overlap=args.overlap)
     served = changing(Server(decoder, args.rows), args.changing_steps)

@@ -89,7 +89,7 @@ def attend(block: Block, x: Array, cache: tuple[Array, Array], at: Array):
     q, *new = block.project(x)
     # Index dimensions lead: XLA writes in place, where it would else transpose the cache.
     rows = jnp.arange(b)[:, None], jnp.arange(groups), at[:, None]
-    keys, values = cache = tuple(
+    keys, values = (
         c.at[rows].set(n, unique_indices=True, mode="promise_in_bounds")
         for c, n in zip(cache, new, strict=True)
     )
@@ -183,7 +183,7 @@ class Decoder:
 
     def programs(self) -> int:
         """How many programs `step` has been compiled to."""
-        return self.step._cache_size()
+        return self.step._cache_size()  # type: ignore[attr-defined]
 
 
 def build(sizes: Sizes, mesh: Mesh, config: jax_ep.Config | None = None) -> ByteTransformer:
