@@ -49,6 +49,14 @@ class Config:
             n = getattr(self, name)
             if not isinstance(n, int) or isinstance(n, bool) or n < 0:
                 raise ValueError(f"Config.{name}: expected a non-negative int, got {n!r}")
+        slots = self.decode_tokens * (
+            self.decode_row_bytes * 33 // 32 + 512
+        )  # of one source, about
+        if slots >= 2**32:  # what a kernel's offsets reach
+            raise ValueError(
+                "Config.decode_tokens, decode_row_bytes: expected slots of less than 4 GiB for the "
+                f"tokens of one rank, got {slots} bytes"
+            )
         if not isinstance(self.overlap, bool):
             raise ValueError(f"Config.overlap: expected a bool, got {self.overlap!r}")
 

@@ -211,3 +211,11 @@ def test_config_of_slots(name, value):
 def test_config_of_overlap(overlap):
     with pytest.raises(ValueError, match=f"Config.overlap: expected a bool, got {overlap!r}"):
         jax_ep.Config(overlap=overlap)
+
+
+def test_slots_beyond_what_offsets_reach():
+    jax_ep.Config(decode_tokens=1 << 17, decode_row_bytes=16384)
+    with pytest.raises(
+        ValueError, match=r"expected slots of less than 4 GiB .* got 4563402752 bytes"
+    ):
+        jax_ep.Config(decode_tokens=1 << 18, decode_row_bytes=16384)
