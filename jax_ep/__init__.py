@@ -9,7 +9,7 @@
     out = jax_ep.combine(y, d.handle, weights=d.weights)
 """
 
-from . import reference, routing
+from . import balance, reference, routing
 from ._api import combine, dispatch
 from ._group import check, finalize, initialize
 from ._in_flight import combine_done, combine_start, dispatch_done, dispatch_start
@@ -24,6 +24,7 @@ __all__ = [
     "Dispatched",
     "Handle",
     "InFlight",
+    "balance",
     "check",
     "combine",
     "combine_done",

@@ -5,7 +5,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from . import _check
+from . import _arguments, _check
+from ._placement import Placement, check_one_layer
 
 
 def top_k(
@@ -142,6 +143,68 @@ def expert_load(topk_idx: Array, num_experts: int, axis_name=None) -> Array:
     load = jnp.zeros(num_experts, jnp.int32)
     load = load.at[jnp.where(named, topk_idx, num_experts)].add(1, mode="drop")
     return load if axis_name is None else lax.psum(load, axis_name)
+
+
+def place(
+    topk_idx: Array,
+    placement: Placement,
+    axis_name: str | tuple[str, ...] | None = None,
+    *,
+    spread: str = "even",
+) -> Array:
+    """Experts to slots of a placement; the pairs of a replicated expert take turns at its slots.
+
+    Equivalent code, for the n-th pair, in order, that names expert e on rank r::
+
+        slot = placement.slots[e, (n + r) % placement.replicas[e]]
+
+    Local arithmetic, no communication. `dispatch` takes the result, with
+    `num_experts=placement.num_slots`.
+
+    Args:
+        topk_idx: [..., K] integer, this rank's block; -1 for no expert stays -1, and what is not an
+            expert becomes P, which is no slot.
+        placement: of one layer (`jax_ep.balance`).
+        axis_name: axes of the group inside `shard_map`: ranks then begin at different replicas. None
+            begins at the first.
+        spread: "even": a rank's pairs of an expert differ by at most one between its replicas; takes
+            a sort of the pairs. "token": n is the token's number, which costs next to nothing, and
+            is even as far as tokens choose experts independently of their number.
+
+    Returns:
+        [..., K] int32.
+
+    Raises:
+        TypeError, ValueError: naming the argument, with expected and got.
+    """
+    topk_idx = _check.array("topk_idx", topk_idx, kind=jnp.integer)
+    _check.one_of("spread", spread, ("even", "token"))
+    check_one_layer("placement", placement)
+    if topk_idx.ndim < 1 or topk_idx.shape[-1] < 1:
+        raise ValueError(f"topk_idx: expected shape [..., K], K at least 1, got {topk_idx.shape}")
+    num_experts = placement.num_experts
+    expert = _arguments._as_int32(topk_idx, num_experts).reshape(-1)
+    named = (expert >= 0) & (expert < num_experts)
+    safe = jnp.where(named, expert, 0)
+    turn = jnp.arange(expert.size, dtype=jnp.int32)
+    if spread == "token":
+        turn = turn // topk_idx.shape[-1]
+    else:
+        turn = _number_in_expert(jnp.where(named, expert, num_experts), num_experts)
+    start = 0 if axis_name is None else lax.axis_index(axis_name)
+    replica = (turn + start) % jnp.asarray(placement.replicas)[safe]
+    slot = jnp.asarray(placement.slots)[safe, replica]
+    elsewhere = jnp.where(expert < 0, expert, placement.num_slots)
+    return jnp.where(named, slot, elsewhere).astype(jnp.int32).reshape(topk_idx.shape)
+
+
+def _number_in_expert(expert, num_experts):
+    """How many pairs before each one name the same expert."""
+    order = jnp.argsort(expert, stable=True)
+    ranked = expert[order]
+    first = jnp.searchsorted(ranked, jnp.arange(num_experts + 1))
+    number = jnp.arange(expert.size, dtype=jnp.int32) - first[ranked].astype(jnp.int32)
+    return jnp.zeros_like(expert).at[order].set(number, unique_indices=True)
 
 
 def _scores(logits, k, score, bias):
