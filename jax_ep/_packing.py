@@ -66,8 +66,8 @@ def within_nodes(
     ids = group[groups].reshape(layers * nodes, -1)
     weight = np.repeat(loads, nodes, 0)[np.arange(len(ids))[:, None], ids]
     copies = replicate(weight, num_slots // nodes)
-    slot = np.arange(num_slots // nodes)
-    item = (np.cumsum(copies, 1)[:, None] <= slot[:, None]).sum(-1)
+    every = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+    item = np.repeat(every.reshape(-1), copies.reshape(-1)).reshape(len(ids), -1)
     each = np.take_along_axis(weight / copies, item, 1)
     members = swap(each, pack(each, num_ranks // nodes)).reshape(len(ids), -1)
     experts = np.take_along_axis(ids, np.take_along_axis(item, members, 1), 1)

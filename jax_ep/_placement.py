@@ -80,8 +80,7 @@ def placement(
         raise ValueError(f"experts: expected 0 to {num_experts - 1}, got {experts[at]} at {at}")
     by_layer = np.atleast_2d(experts).astype(np.int32)
     layers = np.arange(len(by_layer))[:, None]
-    replicas = np.zeros((len(by_layer), num_experts), np.int32)
-    np.add.at(replicas, (layers, by_layer), 1)
+    replicas = count(by_layer, num_experts)
     if not replicas.all():
         layer, expert = map(int, np.argwhere(replicas == 0)[0])
         raise ValueError(
@@ -118,6 +117,13 @@ def round_robin(
     if num_layers is not None:
         experts = np.tile(experts, (num_layers, 1))
     return placement(experts, num_experts=num_experts, num_ranks=num_ranks)
+
+
+def count(experts: np.ndarray, num_experts: int) -> np.ndarray:
+    """Slots of each expert, `[layers, P]` to `[layers, E]`."""
+    replicas = np.zeros((len(experts), num_experts), np.int32)
+    np.add.at(replicas, (np.arange(len(experts))[:, None], experts), 1)
+    return replicas
 
 
 def check_sizes(num_experts: int, num_slots: int, num_ranks: int) -> None:

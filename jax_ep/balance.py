@@ -16,7 +16,7 @@ the weights of one expert. docs/balance.md has a whole layer.
 import numpy as np
 
 from . import _check, _packing
-from ._placement import Placement, check_sizes, divides, placement, round_robin
+from ._placement import Placement, check_sizes, count, divides, placement, round_robin
 from ._replicas import move, sum_replica_gradients
 
 __all__ = [
@@ -84,8 +84,11 @@ def solve(
     ]
     if num_nodes == 1:
         candidates.append(np.broadcast_to(np.arange(num_slots) % num_experts, candidates[0].shape))
-    made = [placement(c, num_experts=num_experts, num_ranks=num_ranks) for c in candidates]
-    best = np.argmin([rank_loads(by_layer, p).max(-1) for p in made], 0)
+    replicas = [count(c, num_experts) for c in candidates]
+    ranks = [
+        _of_ranks(by_layer / n, c, num_ranks) for n, c in zip(replicas, candidates, strict=True)
+    ]
+    best = np.argmin(np.max(ranks, -1), 0)
     experts = np.stack(candidates)[best, np.arange(len(by_layer))]
     experts = experts.reshape(*every.shape[:-1], num_slots)
     return placement(experts, num_experts=num_experts, num_ranks=num_ranks)
@@ -107,8 +110,7 @@ def rank_loads(loads, placement: Placement) -> np.ndarray:
     every = _checked_loads(loads)
     if every.shape != placement.replicas.shape:
         raise ValueError(f"loads: expected shape {placement.replicas.shape}, got {every.shape}")
-    each = np.take_along_axis(every / placement.replicas, np.asarray(placement.experts), -1)
-    return each.reshape(*every.shape[:-1], placement.num_ranks, -1).sum(-1)
+    return _of_ranks(every / placement.replicas, np.asarray(placement.experts), placement.num_ranks)
 
 
 def imbalance(loads, placement: Placement) -> np.ndarray:
@@ -127,6 +129,12 @@ def imbalance(loads, placement: Placement) -> np.ndarray:
     ranks = rank_loads(loads, placement)
     mean = ranks.mean(-1)
     return np.where(mean > 0, ranks.max(-1) / np.where(mean > 0, mean, 1), 1.0)
+
+
+def _of_ranks(each: np.ndarray, experts: np.ndarray, num_ranks: int) -> np.ndarray:
+    """Load of each rank, `[..., R]`, where a slot of expert e has `each[..., e]`."""
+    slots = np.take_along_axis(each, experts, -1)
+    return slots.reshape(*experts.shape[:-1], num_ranks, -1).sum(-1)
 
 
 def _checked_loads(loads) -> np.ndarray:
