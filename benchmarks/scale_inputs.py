@@ -2,7 +2,8 @@
 """Every number that scale_model.py takes from outside, with its unit and source.
 
 Each is from a datasheet, a specification or a measurement, none from the figures that the model is
-compared with, and none was changed after the comparison.
+compared with, and none was fitted afterwards. `small_dispatch_us` and `small_combine_us`, which no
+compared case uses, followed a new measurement of our kernels.
 """
 
 import dataclasses
@@ -37,16 +38,22 @@ INPUTS = {
         "half of a round trip of 16.7 µs, put with signal by a GPU, H100 (NCCL GIN, arXiv:2511.15076)",
     ),
     # NVLink
-    "h100_link_gbs": Input(350.0, "GB/s", "measured, 2 H100: docs/performance.md"),
+    "h100_link_gbs": Input(
+        350.0, "GB/s", "measured, 2 H100, first run; a later one: 352, docs/performance.md"
+    ),
     "h200_link_gbs": Input(365.0, "GB/s", "measured, 2 H200, pushes from all SMs"),
     "h800_link_gbs": Input(160.0, "GB/s", "DeepEP's documentation: most that NVLink of H800 gives"),
     "flag_us": Input(1.3, "µs", "measured, 2 H200: half a round trip of 2.5 µs over NVLink"),
     # Memory
     "h100_dispatch_gbs": Input(
-        2700.0, "GB/s", "measured, H100, 1 read : 4 writes: docs/performance.md"
+        2700.0,
+        "GB/s",
+        "measured, H100, 1 read : 4 writes, first run; a later one: 2685, docs/performance.md",
     ),
     "h100_combine_gbs": Input(
-        2463.0, "GB/s", "measured, H100, 4 reads : 1 write: docs/performance.md"
+        2463.0,
+        "GB/s",
+        "measured, H100, 4 reads : 1 write, first run; a later one: 2626, docs/performance.md",
     ),
     "h200_memory_gbs": Input(4000.0, "GB/s", "measured, H200, as a copy"),
     # Our kernels
@@ -58,10 +65,10 @@ INPUTS = {
         0.0189, "ns", "measured: (10.1 - 8.9 µs) / (65536 - 2048 pairs), docs/performance.md"
     ),
     "small_dispatch_us": Input(
-        15.2, "µs", "measured: T=128 FP8 17.9 µs less 2.7 of link, docs/performance.md"
+        10.5, "µs", "measured: T=128 FP8 13.2 µs less 2.7 of link, docs/performance.md"
     ),
     "small_combine_us": Input(
-        10.0, "µs", "measured: T=128 15.2 µs less 5.2 of link, docs/performance.md"
+        8.7, "µs", "measured: T=128 13.9 µs less 5.2 of link, docs/performance.md"
     ),
     "slot_header_bytes": Input(128, "B", "ours: (rank, row) and weight of up to 8 pairs, in lines"),
     # DeepEP's kernels as we ran them: EP2 on 2 H200, T=4096, H=7168, top-8 of 256, 24 SMs

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 from scale_inputs import INPUTS, MACHINES, Machine, given
+from scale_published import compare
 from scale_traffic import Traffic, Work, count
 
 # Stages
@@ -132,17 +133,20 @@ def pipelined_us(traffic, operation, dtype, machine, kernels=OURS, num_sms=64):
     return given("start_us") + fill + max(parts.values()), parts
 
 
-def plan_us(work: Work, machine: Machine) -> float:
-    """Every rank learns all routing: along the rails, then over NVLink; then counts all pairs."""
-    routing = work.tokens * work.top_k * 2
-    base = given("plan_us") + given("plan_pair_ns") * 1e-3 * max(
-        0, work.ranks * work.tokens * work.top_k - 65536
-    )
+def plan_us(work: Work, machine: Machine, exchange: str = "routing") -> float:
+    """All ranks exchange something, along the rails and then over NVLink, and count.
+
+    routing: all of it, so that a rank counts the pairs of all. counts: how many pairs a rank has
+    for each expert, which would do where a token's header carries its rows; not what we have.
+    """
+    pairs = work.tokens * work.top_k
+    sent = pairs * 2 if exchange == "routing" else work.experts * 4
+    counted = pairs * work.ranks if exchange == "routing" else pairs + work.experts * work.ranks
+    base = given("plan_us") + given("plan_pair_ns") * 1e-3 * max(0, counted - 65536)
     if work.nodes == 1:
-        return base + (work.ranks - 2) * routing / 1e3 / machine.link
-    rails = on_nic(work.nodes - 1, routing)
-    fan_out = work.nodes * (work.local - 1) * routing / 1e3 / machine.link
-    return base + given("rdma_us") + max(rails, fan_out)
+        return base + (work.ranks - 2) * sent / 1e3 / machine.link
+    fan_out = work.nodes * (work.local - 1) * sent / 1e3 / machine.link
+    return base + given("rdma_us") + max(on_nic(work.nodes - 1, sent), fan_out)
 
 
 def small_us(traffic, operation, dtype, machine, kernels=OURS):
@@ -225,12 +229,13 @@ def predict(work: Work, machine: Machine, num_sms: int = 64) -> dict:
     pairs_in = traffic.pairs.sum(0)
     result = {
         "plan_us": round(plan_us(work, machine), 1),
+        "plan_by_counts_us": round(plan_us(work, machine, "counts"), 1),
         "nodes_of_a_token": round(float(traffic.node_copies.sum() / work.ranks / work.tokens), 3),
         "ranks_of_a_token": round(float(traffic.copies.sum() / work.ranks / work.tokens), 3),
         "busiest_nic_over_mean": round(float(traffic.nic_in.max() / traffic.nic_in.mean()), 3),
         "busiest_rank_over_mean": round(float(pairs_in.max() / pairs_in.mean()), 3),
         "forwarded": {},
-        "direct": {},
+        "one hop": {},
     }
     for operation, dtype in OPERATIONS:
         us, parts = pipelined_us(traffic, operation, dtype, machine, num_sms=num_sms)
@@ -240,7 +245,7 @@ def predict(work: Work, machine: Machine, num_sms: int = 64) -> dict:
         result["forwarded"][f"{operation} {dtype}"] = cell
         if work.tokens <= 512:
             cell = _cell(*small_us(traffic, operation, dtype, machine))
-            result["direct"][f"{operation} {dtype}"] = cell
+            result["one hop"][f"{operation} {dtype}"] = cell
     return result
 
 
@@ -249,7 +254,7 @@ def _cell(us: float, parts: dict[str, float]) -> dict:
     return {"us": round(us, 1), "binds": max(parts, key=parts.__getitem__), "stages_us": stages_us}
 
 
-def predict_all(nodes=NODES, tokens=(4096, 128)) -> list[dict]:
+def predict_all(nodes=NODES, tokens=(4096, 128, 8)) -> list[dict]:
     """One row for each number of nodes, tokens and routing, on H100."""
     return [
         {"nodes": n, "tokens": T, "routing": r, **predict(Work(n, T, r), MACHINES["H100"])}
@@ -259,9 +264,9 @@ def predict_all(nodes=NODES, tokens=(4096, 128)) -> list[dict]:
     ]
 
 
-def ring_rows(work: Work, dtype: str) -> int:
+def ring_slots(dtype: str, hidden: int = 7168) -> int:
     """Slots that keep a NIC busy while a credit returns: its rate times there and back."""
-    slot = work.row_bytes(dtype) + given("slot_header_bytes")
+    slot = Work(1, 1, "uniform", hidden).row_bytes(dtype) + given("slot_header_bytes")
     return math.ceil(given("nic_gbs") * 1e3 * 2 * given("rdma_us") / slot)
 
 
@@ -278,13 +283,25 @@ def print_cases(cases: dict[str, dict]) -> None:
         )
 
 
+def print_comparison(rows: list[dict]) -> None:
+    print(f"{'':22}{'published':>14}{'predicted':>14}{'error of time %':>18}")
+    for row in rows:
+        d, c = row["dispatch"], row["combine"]
+        first = " (first release)" if "first" in row["source"] else ""
+        print(
+            f"{row['case']:22}{d['published']:8}{c['published']:6}{d['predicted']:8.0f}"
+            f"{c['predicted']:6.0f}{d['error_percent']:+10.0f}{c['error_percent']:+8.0f}"
+            f"  {'GB/s' if row['unit'] == 'gbs' else 'us'}{first}"
+        )
+
+
 def print_rows(rows: list[dict]) -> None:
-    """`path`: forwarded over NVLink, or direct puts; all on H100, microseconds."""
+    """`path`: forwarded over NVLink, or one hop (direct puts); all on H100, microseconds."""
     names = [f"{operation} {dtype}" for operation, dtype in OPERATIONS]
     head = "".join(f"{name:>20}" for name in names)
     print(f"{'T':>4} {'routing':8}{'nodes':>6} {'path':9}{'plan':>6}{head}")
     for row in rows:
-        for path in ("forwarded", "direct"):
+        for path in ("forwarded", "one hop"):
             cells = [f"{cell['us']:.0f} {cell['binds']:6}" for cell in row[path].values()]
             plan = f"{row['plan_us']:.0f}" if path == "forwarded" else "in it"
             if cells:
@@ -308,7 +325,7 @@ def plot(rows: list[dict], path: Path) -> None:
         for routing in ROUTINGS:
             of = [r for r in rows if (r["tokens"], r["routing"]) == (tokens, routing)]
             nodes = [r["nodes"] for r in of]
-            for kind, style in (("forwarded", "-"), ("direct", "--")):
+            for kind, style in (("forwarded", "-"), ("one hop", "--")):
                 us = [r[kind]["dispatch fp8"]["us"] for r in of if r[kind]]
                 if us:
                     label = f"{routing}, {kind}"
@@ -331,12 +348,19 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw predictions here (svg, png)")
     options = parser.parse_args()
     cases = {case.name: predict_case(case) for case in CASES}
+    comparison = compare(cases)
     print_cases(cases)
+    print_comparison(comparison)
     rows = predict_all(options.nodes)
     print_rows(rows)
     if options.json:
-        inputs = {name: entry._asdict() for name, entry in INPUTS.items()}
-        run = {"inputs": inputs, "cases": cases, "predictions": rows}
+        run = {
+            "inputs": {name: entry._asdict() for name, entry in INPUTS.items()},
+            "ring_slots": {dtype: ring_slots(dtype) for dtype in ("fp8", "bf16")},
+            "cases": cases,
+            "comparison": comparison,
+            "predictions": rows,
+        }
         options.json.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
     if options.plot:
         plot(rows, options.plot)

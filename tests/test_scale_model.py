@@ -84,6 +84,7 @@ def test_a_case_by_hand(model):
     assert parts["SMs"] == pytest.approx(4000 * 14336e-3 / (64 * 67))
     assert parts["memory"] == pytest.approx(6000 * 14336e-3 / 2700)  # and by the NICs
     assert us == pytest.approx(12 + 2 * 1.3 + 8.35 + parts["NIC"])
+    assert model.ring_slots("bf16") == -(-50e3 * 2 * 8.35 // 14464)
     # Direct puts: rows without a slot's header, then 8 routing messages of 2000 B.
     _, parts = model.small_us(traffic, "dispatch", "bf16", machine)
     routing = 8 * (2000 + 26 + 16 + 54) / 50e3
@@ -127,12 +128,44 @@ def test_grouped_routing_bounds_what_the_network_carries(model):
     assert grouped.node_copies.sum() <= 4 * 64 * 64 < uniform.node_copies.sum()
 
 
+def test_a_plan_by_counts_is_less_at_scale(model):
+    far, h100 = model.Work(128, 4096, "uniform"), model.MACHINES["H100"]
+    assert model.plan_us(far, h100, "counts") < model.plan_us(far, h100) / 5
+    # A message of 1024 counts from each rank; the counts of all ranks are added up.
+    counted = 4096 * 8 + 1024 * 1024 - 65536
+    link = 128 * 7 * 4096 / 350e3
+    want = 10.1 + 8.35 + counted * 0.0189e-3 + link
+    nic = 127 * (4096 + 26 + 16 + 54) / 50e3
+    assert nic > link
+    assert model.plan_us(far, h100, "counts") == pytest.approx(want - link + nic)
+
+
+def test_errors_are_those_of_time(model):
+    """A case predicted twice as fast as published is 50 % short, by either unit."""
+    published = importlib.import_module("scale_published")
+    cases = {
+        figure.case: {
+            name: {"us": value / 2, "gbs": value * 2, "binds": "NIC"}
+            for name, value in (("dispatch", figure.dispatch), ("combine", figure.combine))
+        }
+        for figure in published.FIGURES
+        if "first" not in figure.source
+    }
+    figures = [row for row in published.compare(cases) if "first" not in row["source"]]
+    assert {row["unit"] for row in figures} == {"us", "gbs"}
+    assert {row[name]["error_percent"] for row in figures for name in ("dispatch", "combine")} == {
+        -50
+    }
+
+
 def test_results_are_of_this_model(model):
     """The kept file has these inputs, and its first small row comes out again."""
     kept = json.loads((BENCHMARKS / "results" / "scale_model.json").read_text())
     assert kept["inputs"] == {name: entry._asdict() for name, entry in model.INPUTS.items()}
+    published = importlib.import_module("scale_published")
+    assert kept["comparison"] == published.compare(kept["cases"])
     row = next(r for r in kept["predictions"] if r["tokens"] == 128)
     again = model.predict(model.Work(row["nodes"], 128, row["routing"]), model.MACHINES["H100"])
-    for path in ("forwarded", "direct"):
+    for path in ("forwarded", "one hop"):
         for name, cell in row[path].items():
             assert again[path][name]["us"] == pytest.approx(cell["us"], rel=0.01), (path, name)
