@@ -147,7 +147,7 @@ class Op {
     plans_ = was.plans;
     was_broken_ = was.broken;
     is_busy_ =
-        blockIdx.x == 0 && (entry()[kBegan] + 1 != epoch_ || entry()[kSlotLeft] != was.slot_blocks);
+        blockIdx.x == 0 && (entry()[kBegan] + 1 != epoch_ || entry()[kSlotLeft] < was.slot_blocks);
     tag = make_tag(was.generation, epoch_, call.signature);
   }
 
@@ -158,15 +158,16 @@ class Op {
     Header& mine = header_of(call);
     const int lane = lane_id();
     const bool is_first = blockIdx.x == 0;
-    // All in flight together: each its own register, or one load for all lanes.
-    int given = 0;
-    unsigned long long count = 0;
-    if (lane == kTicket && ticket != nullptr) given = *ticket;
-    if (lane == kBegan && is_first) count = atomicAdd(&mine.began, 1ull);
+    // All in flight together: each its own register, or one load for all lanes. The atomic is last,
+    // as the compiler waits for it.
     const uint64_t* at = reinterpret_cast<const uint64_t*>(&mine) + lane;
     if (lane == kSlotLeft) at = &mine.slot_left;
     uint64_t word = 0;
+    int given = 0;
+    unsigned long long count = 0;
     if (lane < kHeaderLine || (lane == kSlotLeft && is_first)) word = load_relaxed(at);
+    if (lane == kTicket && ticket != nullptr) given = *ticket;
+    if (lane == kBegan && is_first) count = atomicAdd(&mine.began, 1ull);
     if (lane == kTicket) word = given;
     if (lane == kBegan) word = count;
     entry()[lane] = word;

@@ -143,7 +143,8 @@ struct SlotRow {
 //
 // Its blocks do not wait for the last one to leave: that of the blocks which was the last to begin
 // completes the epoch, as all have then read the header. Who has left is only counted: for the next
-// operation, which finds out whether this one is still running, and for a block that has given up,
+// operation, which finds out whether this one is still running (its own blocks may have left by
+// then, so there may be more than all of the earlier ones), and for a block that has given up,
 // which waits for all others and then poisons the results.
 class SlotOp {
  public:
@@ -173,7 +174,11 @@ class SlotOp {
     tag = make_tag(was.generation, started_, call.signature);
     const Peers& peers = call.peers;
     first_ = peers.at.total + (i * 2 + static_cast<int>(started_ & 1)) * op.R * peers.slots.total;
-    // Not before this thread has the header.
+  }
+
+  // By the post warp, once: this block has begun, and has read the header. Where waiting for the
+  // answer holds nobody up.
+  __device__ void count() {
     if (is_counter()) begun_ = atomicAdd(&op.header().slot_begun, 1u);
   }
 
@@ -223,9 +228,6 @@ class SlotOp {
   __device__ bool await(const uint64_t* word, int from, Phase phase) const {
     return load_acquire_sys(word) == tag || await_longer(op.call, tag, word, from, phase);
   }
-
-  // The results of this rank are to be poisoned.
-  __device__ void give_up() const { block_gave_up() = 1; }
 
   // Every thread of every block calls this last. If some have given up, one block poisons the
   // results.
@@ -278,6 +280,7 @@ class SlotOp {
     mine.in_flight[index()] = half_ == Half::kStart;
     mine.slot_blocks = all_left();
     mine.slot_begun = 0;
+    __threadfence();  // another operation that finds the new epoch finds the rest
     mine.epoch = op.epoch();
   }
   // `slot_left` when all blocks of this operation have left.

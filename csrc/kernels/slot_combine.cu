@@ -42,10 +42,12 @@ struct Row {
   float weight = 1.0f;
 
   __device__ Row() {}
-  // `token` of the group.
+  // `token` of the group. It is not known yet whether the plan is whole: after a failure its rows
+  // may be anything.
   __device__ Row(const SlotCombineParams& p, int token) {
     const int K = p.exchange.top_k;
     if (lane_id() < K) row = p.token_rows[size_t(token) * K + lane_id()];
+    if (row >= p.exchange.num_rows) row = -1;
     if (row >= 0 && p.weights != nullptr) weight = p.weights[row];
   }
 };
@@ -99,7 +101,8 @@ __device__ Pack<T> partial_of(const SlotCombineParams& p, const SlotCombineSizes
     for (int j = 0; j < kInFlight; ++j) {
       const int row = __shfl_sync(kAllLanes, rows.row, base + j);
       v[j] = Vec{};
-      if (base + j < count && vec < sizes.vecs) v[j] = load_input(y + size_t(row) * sizes.vecs);
+      const bool has_row = base + j < count && row >= 0;
+      if (has_row && vec < sizes.vecs) v[j] = load_input(y + size_t(row) * sizes.vecs);
     }
 #pragma unroll
     for (int j = 0; j < kInFlight; ++j) {
@@ -192,7 +195,6 @@ __device__ void push_partials(const SlotCombineParams& p, const SlotCombineSizes
 // By the post warp: flags of the partials, once they are pushed.
 __device__ void post_partials(const SlotCombineParams& p, const SlotCombineSizes& sizes,
                               const SlotOp& s, const Share& share) {
-  if (blockIdx.x == 0) s.greet();
 #pragma unroll 1
   for (int first = 0; first < share.peers; first += kSlotGroup) {
     const int i = first + lane_id();
@@ -303,8 +305,10 @@ __device__ void sum_tokens(const SlotCombineParams& p, const SlotCombineSizes& s
   }
 }
 
-__device__ void run_post_warp(const SlotCombineParams& p, const SlotCombineSizes& sizes,
-                              const SlotOp& s, const Share& share) {
+__device__ void run_post_warp(const SlotCombineParams& p, const SlotCombineSizes& sizes, SlotOp& s,
+                              const Share& share) {
+  if (s.pushes() && blockIdx.x == 0) s.greet();
+  s.count();
   const Awaited early(p, share, 0, lane_id());
   if (s.pushes()) post_partials(p, sizes, s, share);
   if (s.receives() && await_partials(p, s, share, early) && blockIdx.x == 0) s.await_hellos();
@@ -317,11 +321,12 @@ __device__ void combine_body(const SlotCombineParams& p, const SlotCombineSizes&
   SlotOp::open();
   Early<T> early;
   if (!is_post_warp()) early = work_early<T>(p, sizes, share);
-  const SlotOp s(p.call, SlotKind::kCombine, p.half, p.started);
-  const bool broken = s.began_broken();
-  if (!broken && is_post_warp()) {
+  SlotOp s(p.call, SlotKind::kCombine, p.half, p.started);
+  if (s.began_broken()) {
+    s.count();
+  } else if (is_post_warp()) {
     run_post_warp(p, sizes, s, share);
-  } else if (!broken) {
+  } else {
     if (s.pushes()) push_partials<T>(p, sizes, s, share, early);
     if (s.receives()) sum_tokens<T>(p, sizes, s, share, early);
   }

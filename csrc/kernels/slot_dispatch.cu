@@ -22,22 +22,30 @@
 namespace jax_ep {
 namespace {
 
-// By the post warp: words of the block's own tokens, and flags of their rows. `first` is this
-// lane's choice of the first of them.
-__device__ void post_tokens(const SlotDispatchParams& p, const PlanSizes& sizes, const SlotOp& s,
-                            int own, int first) {
-  auto token = [](int i) { return blockIdx.x + i * gridDim.x; };
-  auto choice = [&](int i) { return i == 0 ? first : choice_of_lane(p, token(i)); };
-  for (int i = 0; i < own; ++i) push_words(p, s, token(i), choice(i));
+// By the post warp: words of the block's own tokens. `first` is this lane's choice of the first of
+// them.
+__device__ void post_words(const SlotDispatchParams& p, const SlotOp& s, const Share& share,
+                           int first) {
+  for (int i = 0; i < share.own; ++i) {
+    const int t = share.own_token(i);
+    push_words(p, s, t, i == 0 ? first : choice_of_lane(p, t));
+  }
   if (blockIdx.x == 0) s.greet();
+}
+
+// By the post warp: flags of the rows of the block's own tokens, once they are pushed.
+__device__ void post_rows(const SlotDispatchParams& p, const PlanSizes& sizes, const SlotOp& s,
+                          const Share& share, int first) {
   if (s.op.R == 1) return;
+  const int own = share.own;
   for (int from = 0; from < own; from += kSlotGroup) {
     rows_pushed(from + kSlotGroup >= own);
     for (int i = from; i < min_int(from + kSlotGroup, own); ++i) {
-      const RankSet named = named_by(p, sizes, choice(i));
+      const int t = share.own_token(i);
+      const RankSet named = named_by(p, sizes, i == 0 ? first : choice_of_lane(p, t));
       for (int r = lane_id(); r < s.op.R; r += 32) {
         if (r != s.op.me && named.has(r)) {
-          store_release_sys(s.outbox(r).flag(token(i)), s.tag);  // publishes the token's row
+          store_release_sys(s.outbox(r).flag(t), s.tag);  // publishes the token's row
         }
       }
     }
@@ -211,15 +219,15 @@ __device__ void run_data_warps(const Work<W, T>& work, const Early& early,
 }
 
 __device__ void run_post_warp(const SlotDispatchParams& p, const SlotDispatchSizes& sizes,
-                              const SlotOp& s, const SlotShared& shared, const Share& share,
-                              int choice, const bool* planned) {
-  if (s.pushes()) post_tokens(p, sizes.plan, s, share.own, choice);
+                              SlotOp& s, const SlotShared& shared, const Share& share, int choice,
+                              const bool* planned) {
+  if (s.pushes()) post_words(p, s, share, choice);
+  s.count();
+  if (s.pushes()) post_rows(p, sizes.plan, s, share, choice);
   if (!s.receives()) return;
+  __syncwarp();
   bar_sync(kPlanned, kSlotThreads);
-  // A rank whose routing is bad has said so before its words came.
-  const uint64_t broken = blockIdx.x == 0 ? s.op.broken_word() : 0;
   if (*planned && await_rows(p, sizes, s, shared, share)) post_plan(p, s, shared);
-  if (broken != 0) s.give_up();
 }
 
 template <Wire W, typename T>
@@ -234,13 +242,13 @@ __device__ void dispatch_body(const SlotDispatchParams& p, const SlotDispatchSiz
   SlotOp::open();
   WireVec<W, T> first;
   if (!is_post_warp()) first = WireVec<W, T>(p, early.vec);
-  const SlotOp s(p.call, SlotKind::kDispatch, p.half, p.started);
-  if (!s.began_broken()) {
-    if (is_post_warp()) {
-      run_post_warp(p, sizes, s, shared, share, early.choice, &planned);
-    } else {
-      run_data_warps(Work<W, T>{p, sizes, s, shared, share}, early, first, &planned);
-    }
+  SlotOp s(p.call, SlotKind::kDispatch, p.half, p.started);
+  if (s.began_broken()) {
+    s.count();
+  } else if (is_post_warp()) {
+    run_post_warp(p, sizes, s, shared, share, early.choice, &planned);
+  } else {
+    run_data_warps(Work<W, T>{p, sizes, s, shared, share}, early, first, &planned);
   }
   s.leave(s.receives() ? nullptr : p.ticket, [&] {
     if (s.receives()) poison_dispatch(p);

@@ -54,16 +54,16 @@ __device__ inline int choice_of_lane(const SlotDispatchParams& p, int t) {
 }
 
 // By one warp: the words of one of my tokens, to all peers. A choice out of range is an error, and
-// none.
+// its word is not pushed: who waits for it finds the group broken.
 __device__ inline void push_words(const SlotDispatchParams& p, const SlotOp& s, int t, int choice) {
   const int K = p.exchange.top_k, E = p.exchange.num_experts;
   const bool valid = choice >= -1 && choice < E;
   if (!valid) refuse_choice(s.op, choice, E);
-  __syncwarp();  // peers that see words of other lanes see too that the group is broken
-  const int e = valid ? choice : -1;
+  constexpr int kRefused = -2;
+  const int e = valid ? choice : kRefused;
   const int even = __shfl_sync(kAllLanes, e, 2 * lane_id() % 32);
   const int odd = __shfl_sync(kAllLanes, e, (2 * lane_id() + 1) % 32);
-  if (lane_id() >= ceil_div(K, 2)) return;
+  if (lane_id() >= ceil_div(K, 2) || even == kRefused || odd == kRefused) return;
   const uint64_t word = make_word(word_tag(s.tag), even, odd);  // lanes from K on hold -1
   for (int r = 0; r < s.op.R; ++r) {
     if (r != s.op.me) store_relaxed(s.outbox(r).words(t) + lane_id(), word);

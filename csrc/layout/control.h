@@ -87,8 +87,8 @@ struct alignas(128) Header {
   alignas(128) uint32_t local_ticket;  // items of local work that have been taken
   // Operations that have begun: as many as have completed, unless one is still running.
   alignas(128) unsigned long long began;
-  // Blocks of small batches: of the running one that have begun; of all that have left; the epoch
-  // of the last one whose results were poisoned.
+  // Blocks of small batches: of the running one that have begun, which the last to begin resets;
+  // of all that have left; the epoch of the last one whose results were poisoned.
   alignas(128) uint32_t slot_begun;
   alignas(128) uint64_t slot_left;
   alignas(128) unsigned long long slot_poisoned;
