@@ -99,7 +99,7 @@ def attend(block: Block, x: Array, cache: tuple[Array, Array], at: Array):
     scores = jnp.where(seen[:, None, None], scores / np.sqrt(d), -jnp.inf)
     mix = jax.nn.softmax(scores).astype(x.dtype)
     mixed = jnp.einsum("bgql,bgld->bgqd", mix, values[:b])
-    return x + block.out(mixed.reshape(x.shape)), cache
+    return x + block.out(mixed.reshape(x.shape)), (keys, values)
 
 
 def moe(layer: MoE, config: MoEConfig, x: Array, live: Array, overlap: bool) -> Array:
