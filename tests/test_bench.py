@@ -152,9 +152,6 @@ def test_bad_options_say_what_is_expected(capsys, monkeypatch):
         assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="half a minute of compiling: one JAX is enough"
-)
 def test_a_run_keeps_every_figure(tmp_path):
     result, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     sweeps = ["--sms", "2", "--tokens", "8"]
