@@ -241,7 +241,9 @@ __device__ bool await_partials(const SlotCombineParams& p, const SlotOp& s, cons
       const bool is_first = first == 0 && number < 32;
       const Awaited one = is_first ? early : Awaited(p, share, first, number);
       const int t = share.own_token(one.i);
-      if (one.wanted) there &= s.await(s.inbox(one.rank).flag(t), one.rank, Phase::kRows);
+      if (one.wanted) {  // acquires what `post_partials` published, for the data warps
+        there &= s.await(s.inbox(one.rank).flag(t), one.rank, Phase::kRows);
+      }
     }
     if (!all_arrived(there)) return false;
   }

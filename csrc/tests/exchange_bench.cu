@@ -3,7 +3,7 @@
 // JAX.
 //
 //   exchange_bench [--devices D] [--tokens T] [--hidden H] [--experts E] [--topk K] [--sms N]
-//   [--wire 0|1|2] [--fp8-combine 0|1]
+//   [--wire 0|1|2] [--fp8-combine 0|1] [--percent P]
 //
 // Small batches also through slots, whole and in halves.
 // Prints the median and p99 over replays of the slowest rank's time per operation, in microseconds.
@@ -11,6 +11,7 @@
 #include <cstdlib>
 
 #include "harness.cuh"
+#include "options.h"
 
 namespace jax_ep {
 namespace {
@@ -107,32 +108,19 @@ void time_op(const char* name, Group& group, Harness& h, Go&& go) {
 int main(int argc, char** argv) {
   using namespace jax_ep;
   setvbuf(stdout, nullptr, _IOLBF, 0);
-  std::vector<int> wire_percents = {0};
-  int devices = 2, T = 4096, H = 7168, E = 256, K = 8, sms = 132, wire = 0, fp8_combine = 0;
-  for (int i = 1; i + 1 < argc; i += 2) {
-    const std::string a = argv[i];
-    const int v = std::atoi(argv[i + 1]);
-    if (a == "--devices")
-      devices = v;
-    else if (a == "--tokens")
-      T = v;
-    else if (a == "--hidden")
-      H = v;
-    else if (a == "--experts")
-      E = v;
-    else if (a == "--topk")
-      K = v;
-    else if (a == "--sms")
-      sms = v;
-    else if (a == "--wire")
-      wire = v;
-    else if (a == "--fp8-combine")
-      fp8_combine = v;
-    else if (a == "--percent")
-      wire_percents.push_back(v);
-    else
-      return std::fprintf(stderr, "unknown option %s\n", a.c_str()), 2;
-  }
+  int devices = 2, T = 4096, H = 7168, E = 256, K = 8, sms = 132, wire = 0, fp8_combine = 0,
+      percent = 0;
+  const bool known = take_options(argc, argv,
+                                  {{"--devices", &devices},
+                                   {"--tokens", &T},
+                                   {"--hidden", &H},
+                                   {"--experts", &E},
+                                   {"--topk", &K},
+                                   {"--sms", &sms},
+                                   {"--wire", &wire},
+                                   {"--fp8-combine", &fp8_combine},
+                                   {"--percent", &percent}});
+  if (!known) return 2;
   try {
     std::vector<int> ids;
     for (int d = 0; d < devices; ++d) ids.push_back(d);
@@ -156,12 +144,10 @@ int main(int argc, char** argv) {
     std::printf("R=%d T=%d H=%d E=%d K=%d rows=%d sms=%d wire=%d fp8_combine=%d\n", devices, T, H,
                 E, K, c.x.num_rows, sms, wire, fp8_combine);
     time_op("plan", group, h, [&](int r) { h.plan(r); });
-    for (int percent : wire_percents) {
-      c.wire_percent = percent;
-      std::printf("%d %% of blocks push\n", percent);
-      time_op("dispatch", group, h, [&](int r) { h.dispatch(r); });
-      time_op("combine", group, h, [&](int r) { h.combine(r); });
-    }
+    c.wire_percent = percent;
+    if (percent > 0) std::printf("%d %% of blocks push\n", percent);
+    time_op("dispatch", group, h, [&](int r) { h.dispatch(r); });
+    time_op("combine", group, h, [&](int r) { h.combine(r); });
     if (small) {
       auto dispatch_halves = [&](int r) {
         h.slot_dispatch(r, Half::kStart);
@@ -176,7 +162,7 @@ int main(int argc, char** argv) {
       time_op("slots: dispatch in halves", group, h, dispatch_halves);
       time_op("slots: combine in halves", group, h, combine_halves);
     }
-    const int times = kPerGraph * kReplays * int(wire_percents.size());
+    const int times = kPerGraph * kReplays;
     for (int r = 0; r < devices; ++r) print_pushes(c, r, times);
     return 0;
   } catch (const std::exception& e) {

@@ -9,15 +9,15 @@
 // stream; or all in one launch with rank = blockIdx.y, for sanitizers that serialise launches.
 #include <cstdlib>
 
+#include "options.h"
 #include "semantics.h"
 
 namespace jax_ep {
 namespace {
 
 struct Options {
-  int cases = 40, ranks = 0, devices = 1;
-  unsigned seed = 1;
-  bool single_launch = false, small = false, slots = false, combine = true;
+  int cases = 40, ranks = 0, devices = 1, seed = 1;
+  bool single_launch = false, small = false, slots = false, without_combine = false;
 };
 
 constexpr SlotSize kSlots{80, 16384};
@@ -239,7 +239,7 @@ int run(const Options& o) {
     if (i % 10 == 0) std::printf("case %d\n", i);
     const std::vector<Path> paths = o.slots ? std::vector<Path>{Path::kSlots, Path::kHalves}
                                             : std::vector<Path>(2, Path::kLarge);
-    run_case(*groups[g], c, rng, paths, o.combine);
+    run_case(*groups[g], c, rng, paths, !o.without_combine);
     if (errors != before) {
       std::printf(
           "case %d: R=%d E=%d T=%d K=%d rows=%d A=%d batched=%d H=%d type=%d wire=%d pre=%d "
@@ -259,28 +259,16 @@ int run(const Options& o) {
 int main(int argc, char** argv) {
   setvbuf(stdout, nullptr, _IOLBF, 0);
   jax_ep::Options o;
-  for (int i = 1; i < argc; ++i) {
-    const std::string a = argv[i];
-    auto next = [&] { return i + 1 < argc ? std::atoi(argv[++i]) : 0; };
-    if (a == "--cases")
-      o.cases = next();
-    else if (a == "--seed")
-      o.seed = next();
-    else if (a == "--ranks")
-      o.ranks = next();
-    else if (a == "--devices")
-      o.devices = next();
-    else if (a == "--single-launch")
-      o.single_launch = true;
-    else if (a == "--small")
-      o.small = true;
-    else if (a == "--without-combine")
-      o.combine = false;
-    else if (a == "--slots")
-      o.slots = true;
-    else
-      return std::fprintf(stderr, "unknown option %s\n", a.c_str()), 2;
-  }
+  const bool known = jax_ep::take_options(argc, argv,
+                                          {{"--cases", &o.cases},
+                                           {"--seed", &o.seed},
+                                           {"--ranks", &o.ranks},
+                                           {"--devices", &o.devices},
+                                           {"--single-launch", nullptr, &o.single_launch},
+                                           {"--small", nullptr, &o.small},
+                                           {"--without-combine", nullptr, &o.without_combine},
+                                           {"--slots", nullptr, &o.slots}});
+  if (!known) return 2;
   try {
     return jax_ep::run(o);
   } catch (const std::exception& e) {

@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <iterator>
 
+#include "options.h"
 #include "replay.h"
 #include "semantics.h"
 
@@ -19,8 +20,7 @@ namespace jax_ep {
 namespace {
 
 struct Options {
-  int replays = 20000, ranks = 2, devices = 1;
-  unsigned seed = 1;
+  int replays = 20000, ranks = 2, devices = 1, seed = 1;
 };
 
 constexpr int kInputs = 12;  // different ones of each shape
@@ -250,20 +250,12 @@ int run(const Options& o) {
 int main(int argc, char** argv) {
   setvbuf(stdout, nullptr, _IOLBF, 0);
   jax_ep::Options o;
-  for (int i = 1; i < argc; ++i) {
-    const std::string a = argv[i];
-    auto next = [&] { return i + 1 < argc ? std::atoi(argv[++i]) : 0; };
-    if (a == "--replays")
-      o.replays = next();
-    else if (a == "--ranks")
-      o.ranks = next();
-    else if (a == "--devices")
-      o.devices = next();
-    else if (a == "--seed")
-      o.seed = next();
-    else
-      return std::fprintf(stderr, "unknown option %s\n", a.c_str()), 2;
-  }
+  const bool known = jax_ep::take_options(argc, argv,
+                                          {{"--replays", &o.replays},
+                                           {"--ranks", &o.ranks},
+                                           {"--devices", &o.devices},
+                                           {"--seed", &o.seed}});
+  if (!known) return 2;
   if (o.replays < 1 || o.ranks < 1 || o.devices < 1) {
     return std::fprintf(stderr, "expected numbers above 0\n"), 2;
   }
