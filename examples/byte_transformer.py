@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from .experts import MoEConfig
-from .moe_nnx import MoE
+from .moe_nnx import MoE, update_bias
 
 
 class Block(nnx.Module):
@@ -135,6 +135,5 @@ def train_step(
     only_params = nnx.DiffState(0, nnx.Param)
     loss, grads = nnx.value_and_grad(loss_fn, argnums=only_params)(model, text)
     optimizer.update(model, grads)
-    for block in model.blocks:
-        block.moe.update_bias()
+    update_bias(model)
     return loss, jnp.stack([block.moe.load[...] for block in model.blocks])

@@ -81,22 +81,34 @@ def combine(y: Array, d: jax_ep.Dispatched) -> Array:
 
 def moe(
     config: MoEConfig, mesh: Mesh, x: Array, router: Array, bias: Array, w_in: Array, w_out: Array
-) -> tuple[Array, Array]:
-    """`x [B, S, H]`, the batch split over "expert", to `(out [B, S, H], load [E])`."""
+) -> tuple[Array, Array, Array]:
+    """`x [B, S, H]`, the batch split over "expert", to `(out [B, S, H], load [E], dropped [R])`.
+
+    The load is of the whole group, as the router chose; `dropped` are pairs that a rank had no room
+    for.
+    """
 
     def on_rank(x, router, bias, w_in, w_out):
         weights, topk_idx = route(config, x, router, bias)
         d = dispatch(config, x, topk_idx, weights)
         load = jax_ep.routing.expert_load(topk_idx, config.num_experts, "expert")
-        return combine(experts(d, w_in, w_out), d), load
+        return combine(experts(d, w_in, w_out), d), load, d.num_dropped
 
     split, whole = P("expert"), P()
     return jax.shard_map(
         on_rank,
         mesh=mesh,
         in_specs=(split, whole, whole, split, split),
-        out_specs=(split, whole),
+        out_specs=(split, whole, split),
     )(x, router, bias, w_in, w_out)
+
+
+def balance_metrics(load: Array) -> dict[str, Array]:
+    """What both Flax layers say of the load `[..., E]` of a batch."""
+    return {
+        "max_violation": jax_ep.routing.max_violation(load),
+        "load_entropy": jax_ep.routing.load_entropy(load),
+    }
 
 
 def swiglu(x: Array, w_in: Array, w_out: Array) -> Array:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A Mixture-of-Experts layer for Flax Linen; the collection "balance" holds bias and load."""
+"""A Mixture-of-Experts layer for Flax Linen; the collection "balance" holds bias, load and drops."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 import jax_ep
 
-from .experts import MoEConfig, moe, swiglu
+from .experts import MoEConfig, balance_metrics, moe, swiglu
 
 
 class MoE(nn.Module):
@@ -27,17 +27,19 @@ class MoE(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """`x [B, S, H]` to `[B, S, H]`; notes the load of this batch."""
+        """`x [B, S, H]` to `[B, S, H]`; notes the load and the drops of this batch."""
         c, init = self.config, nn.initializers.lecun_normal()
         per_expert = nn.initializers.lecun_normal(batch_axis=0)
         router = self.param("router", init, (c.hidden, c.num_experts))
         w_in = self.param("w_in", per_expert, (c.num_experts, c.hidden, 2 * c.expert_hidden))
         w_out = self.param("w_out", per_expert, (c.num_experts, c.expert_hidden, c.hidden))
         bias = self.variable("balance", "bias", jnp.zeros, c.num_experts)
-        noted = self.variable("balance", "load", jnp.zeros, c.num_experts, jnp.int32)
-        out, load = moe(c, self.mesh, x, router, bias.value, w_in, w_out)
+        load = self.variable("balance", "load", jnp.zeros, c.num_experts, jnp.int32)
+        ranks = self.mesh.shape["expert"]
+        dropped = self.variable("balance", "dropped", jnp.zeros, ranks, jnp.int32)
+        out, *noted = moe(c, self.mesh, x, router, bias.value, w_in, w_out)
         if self.is_mutable_collection("balance"):
-            noted.value = load
+            load.value, dropped.value = noted
         if c.shared_hidden:
             shared_in = self.param("shared_in", init, (c.hidden, 2 * c.shared_hidden))
             shared_out = self.param("shared_out", init, (c.shared_hidden, c.hidden))
@@ -51,3 +53,10 @@ def update_bias(balance: dict, rate: float) -> dict:
         bias = jax_ep.routing.update_bias(balance["bias"], balance["load"], rate=rate)
         return {**balance, "bias": bias}
     return {name: update_bias(inner, rate) for name, inner in balance.items()}
+
+
+def metrics(balance: dict) -> dict:
+    """`max_violation` and `load_entropy` of every MoE layer's last batch, nested as "balance" is."""
+    if "load" in balance:
+        return balance_metrics(balance["load"])
+    return {name: metrics(inner) for name, inner in balance.items()}

@@ -122,6 +122,43 @@ def update_bias(bias: Array, load: Array, *, rate: float = 1e-3) -> Array:
     return bias + rate * jnp.sign(load.mean() - load)
 
 
+def max_violation(load: Array) -> Array:
+    """MaxVio: how far the busiest expert is above an equal share; 0 is perfect, E/K - 1 the worst.
+
+    Equivalent code: `load.max(-1) / load.mean(-1) - 1`.
+
+    Args:
+        load: [..., E] pairs of each expert: of a batch for MaxVio_batch, summed over many for
+            MaxVio_global.
+
+    Returns:
+        [...] float32; 0 where there is no load.
+
+    Source: Wang et al. 2024, "Auxiliary-loss-free load balancing strategy for MoE".
+    """
+    load = jnp.asarray(load, jnp.float32)
+    mean = load.mean(-1)
+    return jnp.where(mean > 0, load.max(-1) / jnp.where(mean > 0, mean, 1) - 1, 0.0)
+
+
+def load_entropy(load: Array) -> Array:
+    """Entropy of the load's distribution over experts, over its largest value log E.
+
+    Equivalent code: `-(p * log(p)).sum(-1) / log(E)` with `p = load / load.sum(-1)`.
+
+    Args:
+        load: [..., E] pairs of each expert.
+
+    Returns:
+        [...] float32: 1 for equal loads, 0 for one expert with all; 1 where there is no load.
+    """
+    load = jnp.asarray(load, jnp.float32)
+    total = load.sum(-1, keepdims=True)
+    share = load / jnp.where(total > 0, total, 1)
+    entropy = jax.scipy.special.entr(share).sum(-1) / jnp.log(max(load.shape[-1], 2))
+    return jnp.where(total[..., 0] > 0, entropy, 1.0)
+
+
 def expert_load(topk_idx: Array, num_experts: int, axis_name=None) -> Array:
     """How many pairs each expert gets, over the whole group.
 

@@ -58,12 +58,13 @@ def dense(config, params, mask, x):
 def nnx_layer(config, mesh):
     """Parameters, and a function of (params, bias, x) to (out, load, next bias)."""
     layer = moe_nnx.MoE(config, mesh, rngs=nnx.Rngs(0))
-    graph, params, _ = nnx.split(layer, nnx.Param, moe_nnx.Balance)
+    graph, params, balance = nnx.split(layer, nnx.Param, moe_nnx.Balance)
+    balance = nnx.to_pure_dict(balance)
 
     def run(params, bias, x):
-        balance = {"bias": jnp.asarray(bias), "load": jnp.zeros(len(bias), jnp.int32)}
         variables = {name: nnx.Param(value) for name, value in params.items()}
         variables |= {name: moe_nnx.Balance(value) for name, value in balance.items()}
+        variables["bias"] = moe_nnx.Balance(jnp.asarray(bias))
         layer = nnx.merge(graph, nnx.State(variables))
         out = layer(x)
         layer.update_bias()
