@@ -14,6 +14,8 @@ from ._api import combine, dispatch
 from ._group import check, finalize, initialize
 from ._in_flight import combine_done, combine_start, dispatch_done, dispatch_start
 from ._layout import num_rows
+from ._stats import Timings, stats
+from ._stats_recorder import Recorder
 from ._types import REMAT_NAMES, Config, Dispatched, Handle, InFlight
 
 __version__ = "0.1.0"
@@ -24,6 +26,8 @@ __all__ = [
     "Dispatched",
     "Handle",
     "InFlight",
+    "Recorder",
+    "Timings",
     "balance",
     "check",
     "combine",
@@ -37,4 +41,5 @@ __all__ = [
     "num_rows",
     "reference",
     "routing",
+    "stats",
 ]

@@ -119,6 +119,12 @@ def describe_groups() -> list[str]:
     return _ext.describe_groups() if has_cuda() else []
 
 
+def read_stats() -> list[tuple[int, int, int, bytes]]:
+    """CUDA device, rank, uint64 words of a record, and records, of each rank that records."""
+    function = getattr(_ext, "read_stats", None)
+    return [] if function is None else function()
+
+
 def control_layout(num_ranks: int) -> list[tuple[str, str, int, int]]:
     """Name, writer, offset and bytes of each field of a rank's control block."""
     return _ext.control_layout(num_ranks) if has_cuda() else []

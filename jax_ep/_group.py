@@ -74,7 +74,7 @@ def initialize(
             f"{[d.id for d in known.devices.flat]}, got {[d.id for d in mesh.devices.flat]}. "
             "Call jax_ep.finalize() first."
         )
-    groups = _groups_of(mesh, axes)
+    groups = groups_of(mesh, axes)
     slots = _slots_of(groups, config)
     on_gpus = all(d.platform in ("gpu", "cuda") for d in mesh.devices.flat)
     if on_gpus and _ffi.has_cuda():
@@ -85,7 +85,7 @@ def initialize(
     _slot_sizes.update((_key(group), slots) for group in groups)
 
 
-def _groups_of(mesh: Mesh, axes: tuple[str, ...]) -> list[list[Device]]:
+def groups_of(mesh: Mesh, axes: tuple[str, ...]) -> list[list[Device]]:
     """Devices of each group along `axes`, in rank order."""
     others = [axis for axis in mesh.axis_names if axis not in axes]
     order = [mesh.axis_names.index(axis) for axis in (*others, *axes)]
