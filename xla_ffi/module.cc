@@ -9,6 +9,7 @@
 
 #ifdef JAX_EP_CUDA
 #include "handlers.h"
+#include "rdma_module.h"
 #include "registry.h"
 #endif
 
@@ -115,5 +116,6 @@ NB_MODULE(_ext, m) {
         "What went wrong first; empty if nothing did.");
   m.def("describe_groups", &jax_ep::describe_groups, "One line for each group.");
   m.def("control_layout", &control_layout, "Name, writer, offset and bytes of each control field.");
+  jax_ep::define_rdma(m);
 #endif
 }
