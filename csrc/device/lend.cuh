@@ -18,9 +18,9 @@
 
 namespace jax_ep {
 
-// By one block of the receiver, once: lend my outputs to every peer.
+// By one block of the receiver, once: lend my outputs to every peer of my node.
 __device__ inline void lend_outputs(const Op& op) {
-  for (int p = threadIdx.x; p < op.R; p += blockDim.x) {
+  for (int p = op.node_first() + threadIdx.x; p < op.node_last(); p += blockDim.x) {
     if (p == op.me) continue;
     store_release_sys(op.block(op.me).lease(p), op.tag);
     Ready& there = op.block(p).ready(op.me);
@@ -39,11 +39,11 @@ struct Borrowed {
   int failed;
 };
 
-// By every block that pushes, all threads: all peers' outputs. False: give up.
+// By every block that pushes, all threads: the outputs of all peers of my node. False: give up.
 __device__ inline bool borrow_outputs(const Op& op, Borrowed& b) {
   if (threadIdx.x == 0) b.failed = 0;
   __syncthreads();
-  for (int p = threadIdx.x; p < op.R; p += blockDim.x) {
+  for (int p = op.node_first() + threadIdx.x; p < op.node_last(); p += blockDim.x) {
     if (p == op.me) continue;
     const Ready& ready = op.block(op.me).ready(p);
     uint64_t* borrowed = op.block(op.me).borrowed(p);

@@ -96,7 +96,8 @@ __device__ __noinline__ inline void report_failure(const Call& call, Fault fault
     return;
   }
   record_fault(call, fault, phase, awaited, seen, wanted);
-  for (int p = 0; p < call.peers.num_ranks; ++p) {
+  const int first = call.peers.node_first;
+  for (int p = first; p < first + call.peers.node_ranks; ++p) {
     if (p != me) cas_acq_rel_sys(&Block(call.peers, p).header().broken, 0, 1 + me);
   }
 }
@@ -177,6 +178,15 @@ class Op {
   __device__ static int ticket_read() { return static_cast<int>(entry()[kTicket]); }
 
   __device__ Block block(int rank) const { return Block(call.peers, rank); }
+
+  // The ranks whose memory this rank addresses, itself among them: those of its node.
+  __device__ int node_first() const { return call.peers.node_first; }
+  __device__ int node_last() const { return call.peers.node_first + call.peers.node_ranks; }
+  __device__ bool reaches(int rank) const {
+    return static_cast<unsigned>(rank - call.peers.node_first) <
+           static_cast<unsigned>(call.peers.node_ranks);
+  }
+
   __device__ Header& header() const { return block(me).header(); }
 
   __device__ uint64_t epoch() const { return epoch_; }
@@ -199,7 +209,12 @@ class Op {
 
   // Wait until `*word`, which rank `from` releases, is this operation's tag. False: give up.
   __device__ __forceinline__ bool await(const uint64_t* word, int from, Phase phase) const {
-    return load_acquire_sys(word) == tag || await_longer(call, tag, word, from, phase);
+    return await(word, tag, from, phase);
+  }
+  // The same for another value, made as tags are.
+  __device__ __forceinline__ bool await(const uint64_t* word, uint64_t wanted, int from,
+                                        Phase phase) const {
+    return load_acquire_sys(word) == wanted || await_longer(call, wanted, word, from, phase);
   }
 
   // Whether a wait for rank `from` that began at `start` is to be given up; `seen` is a word where
@@ -258,9 +273,14 @@ class Op {
   }
 
   // Every thread of every block calls this last; the last block runs `poison` if the group is
-  // broken, and completes the epoch. The next kernel on the stream sees it.
+  // broken, and completes the epoch; its first thread runs `complete`. The next kernel on the
+  // stream sees it.
   template <typename Poison>
   __device__ void leave(Poison&& poison) const {
+    leave(static_cast<Poison&&>(poison), [] {});
+  }
+  template <typename Poison, typename Complete>
+  __device__ void leave(Poison&& poison, Complete&& complete) const {
     __shared__ bool last, failed;  // decided once: what follows has block barriers
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -282,6 +302,7 @@ class Op {
       mine.local_ticket = 0;
       mine.epoch = epoch_;
       if (call.operation == Operation::kPlan) mine.plans = plans_ + 1;
+      complete();
     }
   }
 
@@ -293,7 +314,7 @@ class Op {
   // What `read_header` has read; one of each block, in shared memory of a function, so that this
   // header may hold it.
   __device__ static uint64_t* entry() {
-    __shared__ alignas(128) uint64_t words[32];
+    alignas(128) __shared__ uint64_t words[32];
     return words;
   }
 
@@ -301,7 +322,7 @@ class Op {
   // awaited until it has left the operation (or is long dead). By the last block of a broken
   // launch.
   __device__ void revoke_leases() const {
-    for (int p = threadIdx.x; p < R; p += blockDim.x) {
+    for (int p = node_first() + threadIdx.x; p < node_last(); p += blockDim.x) {
       if (p == me) continue;
       store_release_sys(block(p).left(me), tag);  // my pushes to p have all been issued
       const bool lends =

@@ -2,6 +2,9 @@
 // The words that the kernels are written in: ordered loads and stores, 16-byte vectors, the clock.
 // Every asm statement of the project is in this file.
 #pragma once
+#ifdef JAX_EP_EMULATION  // on the host, to prove protocols: the same words in C++
+#include "../tests/emulation/ptx.h"
+#else
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -311,3 +314,4 @@ __device__ __forceinline__ uint32_t dynamic_shared_bytes() {
 }
 
 }  // namespace jax_ep
+#endif

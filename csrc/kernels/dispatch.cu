@@ -23,13 +23,6 @@ namespace {
 constexpr int kWirePercent = 50;  // of blocks
 constexpr int kFp8WirePercent = 36;
 
-__device__ void poison_dispatch(const DispatchParams& p) {
-  const size_t rows = p.exchange.num_rows;
-  poison_bytes(p.rows, rows * p.row_bytes);
-  poison_bytes(p.row_scales, rows * (p.hidden / kScaleBlock) * sizeof(float));
-  poison_bytes(p.row_scalars, rows * sizeof(float));
-}
-
 template <Wire W, typename T>
 __device__ void dispatch_body(const DispatchParams& p) {
   extern __shared__ float held_scales[];

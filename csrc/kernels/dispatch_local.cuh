@@ -125,4 +125,12 @@ __device__ void work_locally(const Body& b, float* held) {
   }
 }
 
+// By one block of a broken launch.
+__device__ inline void poison_dispatch(const DispatchParams& p) {
+  const size_t rows = p.exchange.num_rows;
+  poison_bytes(p.rows, rows * p.row_bytes);
+  poison_bytes(p.row_scales, rows * (p.hidden / kScaleBlock) * sizeof(float));
+  poison_bytes(p.row_scalars, rows * sizeof(float));
+}
+
 }  // namespace jax_ep

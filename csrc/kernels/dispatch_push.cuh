@@ -8,7 +8,11 @@
 
 namespace jax_ep {
 
+#ifdef JAX_EP_EMULATION  // where each thread costs a stack
+constexpr int kThreads = 64;
+#else
 constexpr int kThreads = 1024;
+#endif
 constexpr int kWarps = kThreads / 32;
 enum Output { kRows = 0, kScales = 1, kScalars = 2 };
 
@@ -20,30 +24,24 @@ struct Body {
   int chunks;
 };
 
-// Where token t's row goes on other ranks: one target per rank, its first kept row there. Scalars
-// of its pairs go to their rows on the way.
-__device__ inline Targets remote_targets(const Body& b, const Borrowed& peers, int t,
-                                         bool with_scalars) {
+// Where a token's row goes: one target per rank, its first kept row there. Each lane has a pair of
+// the token, its rank and row, if it is `wanted`; its scalar, if there is one, goes to its row.
+__device__ inline Targets targets_of(const Body& b, const Borrowed& peers, bool wanted, int rank,
+                                     int row, const float* scalar) {
   const DispatchParams& p = b.p;
-  const int K = p.exchange.top_k, lane = lane_id();
-  int rank = -1, row = -1;
-  if (lane < K) {
-    rank = p.pair_rank[size_t(t) * K + lane];
-    row = p.pair_row[size_t(t) * K + lane];
-  }
-  bool remote = row >= 0 && rank != b.op.me;
-  if (remote && uint64_t(row + 1) * p.row_bytes > peers.bytes[rank][kRows]) {
+  const int lane = lane_id();
+  if (wanted && uint64_t(row + 1) * p.row_bytes > peers.bytes[rank][kRows]) {
     b.op.fail(Fault::kBounds, Phase::kRows, rank, row, peers.bytes[rank][kRows]);
-    remote = false;
+    wanted = false;
   }
-  if (remote && with_scalars && p.scalars != nullptr) {
-    reinterpret_cast<float*>(peers.output[rank][kScalars])[row] = p.scalars[size_t(t) * K + lane];
+  if (wanted && scalar != nullptr) {
+    reinterpret_cast<float*>(peers.output[rank][kScalars])[row] = *scalar;
   }
   Targets to;
   const int scale_count = p.hidden / kScaleBlock;
-  for (unsigned todo = __ballot_sync(kAllLanes, remote); todo != 0; ++to.count) {
+  for (unsigned todo = __ballot_sync(kAllLanes, wanted); todo != 0; ++to.count) {
     const int d = __shfl_sync(kAllLanes, rank, __ffs(todo) - 1);
-    const bool same = remote && rank == d;
+    const bool same = wanted && rank == d;
     const int first = __reduce_min_sync(kAllLanes, same ? row : INT_MAX);
     if (lane == to.count) {
       to.row = peers.output[d][kRows] + size_t(first) * p.row_bytes;
@@ -52,6 +50,22 @@ __device__ inline Targets remote_targets(const Body& b, const Borrowed& peers, i
     todo &= ~__ballot_sync(kAllLanes, same);
   }
   return to;
+}
+
+// Where my token t's row goes on other ranks of my node.
+__device__ inline Targets remote_targets(const Body& b, const Borrowed& peers, int t,
+                                         bool with_scalars) {
+  const DispatchParams& p = b.p;
+  const int K = p.exchange.top_k, lane = lane_id();
+  const size_t pair = size_t(t) * K + lane;
+  int rank = -1, row = -1;
+  if (lane < K) {
+    rank = p.pair_rank[pair];
+    row = p.pair_row[pair];
+  }
+  const bool remote = row >= 0 && rank != b.op.me && b.op.reaches(rank);
+  const bool scalars = with_scalars && p.scalars != nullptr;
+  return targets_of(b, peers, remote, rank, row, scalars ? p.scalars + pair : nullptr);
 }
 
 template <Wire W, typename T>
@@ -76,7 +90,7 @@ __device__ void push_tokens(const Body& b) {
       send_row<W, T, false>(p, t, to, first, min_int(first + cut.segment_vecs, vecs));
     }
     const int in_chunk = min_int(b.chunk, tokens - chunk * b.chunk) * cut.segments;
-    finish_item(b.op, chunk, in_chunk, 0, b.op.R);
+    finish_item(b.op, chunk, in_chunk, b.op.node_first(), b.op.node_last());
     if (__any_sync(kAllLanes, broken != 0)) return;
   }
 }

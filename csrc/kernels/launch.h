@@ -17,6 +17,7 @@ enum class Operation : uint32_t {
   kDispatchDone = 5,
   kCombineStart = 6,
   kCombineDone = 7,
+  kRouting = 8,  // between nodes, before a plan
 };
 enum class Element : uint32_t { kBf16 = 0, kF16 = 1, kF32 = 2, kFp8 = 3 };
 

@@ -250,7 +250,8 @@ __device__ void plan_phases(const PlanParams& p, const PlanSizes& sizes, const O
 __device__ void plan_body(const PlanParams& p, const PlanSizes& sizes) {
   extern __shared__ __align__(16) char shared[];
   const int word = (blockIdx.x + gridDim.x * (threadIdx.x / 32)) * 32 + lane_id();
-  const Choices choices = choices_of(p, sizes.pairs, word);  // on their way with the header
+  const Choices choices = choices_of(p.topk_idx, sizes.pairs, word);
+  // They are on their way with the header.
   const Op op(p.call);
   const bool sent = publish(p, sizes, op, word, choices);
   if (!op.began_broken()) plan_phases(p, sizes, op, sent, Shared(shared, sizes));

@@ -11,6 +11,9 @@
 // peer that runs something else is used after the meeting; before it, a word can only be counted,
 // and a choice that this rank has no expert for counts as none.
 //
+// Words of ranks of other nodes have come before the plan begins (rdma/exchange_routing.cuh): it
+// finds them as it finds those that a fast peer has pushed early.
+//
 // Each word is awaited by exactly one warp of the receiver, before the meeting. Why no peer
 // overwrites it before that: the next word of the same parity is pushed in the peer's plan n + 2,
 // after the peer has ended plan n + 1, which needs my words of n + 1; I send those in a kernel that
@@ -29,9 +32,9 @@ struct Choices {
   int even, odd;
 };
 
-__device__ inline Choices choices_of(const PlanParams& p, int pairs, int word) {
+__device__ inline Choices choices_of(const int32_t* topk_idx, int pairs, int word) {
   const int at = 2 * word;
-  return {at < pairs ? p.topk_idx[at] : -1, at + 1 < pairs ? p.topk_idx[at + 1] : -1};
+  return {at < pairs ? topk_idx[at] : -1, at + 1 < pairs ? topk_idx[at + 1] : -1};
 }
 
 __device__ __forceinline__ int plan_parity(const Op& op) {
@@ -61,9 +64,9 @@ __device__ __noinline__ inline bool await_hellos(Op op) {
   return same;
 }
 
-// By all threads of the launch: push my choices to all peers, each thread its words from `word` on,
-// whose choices it has. A word out of range is an error and is not pushed: who waits for it finds
-// the group broken. False: give up.
+// By all threads of the launch: push my choices to all peers of my node, each thread its words from
+// `word` on, whose choices it has. A word out of range is an error and is not pushed: who waits for
+// it finds the group broken. False: give up.
 __device__ inline bool publish(const PlanParams& p, const PlanSizes& sizes, const Op& op, int word,
                                Choices choices) {
   const int E = p.exchange.num_experts, words = (sizes.pairs + 1) / 2;
@@ -71,7 +74,7 @@ __device__ inline bool publish(const PlanParams& p, const PlanSizes& sizes, cons
   const uint32_t tag = word_tag(op.tag);
   if (op.was_broken()) return true;
   if (blockIdx.x == 0) {  // greet
-    for (int r = threadIdx.x; r < op.R; r += blockDim.x) {
+    for (int r = op.node_first() + threadIdx.x; r < op.node_last(); r += blockDim.x) {
       if (r != op.me) store_relaxed(op.block(r).hello(parity, op.me), op.tag);
     }
   }
@@ -83,13 +86,14 @@ __device__ inline bool publish(const PlanParams& p, const PlanSizes& sizes, cons
       good = false;
     } else {
       const uint64_t packed = make_word(tag, choices.even, choices.odd);
-      for (int i = 1; i < op.R; ++i) {  // not all to the same peer first
-        const int r = op.me + i < op.R ? op.me + i : op.me + i - op.R;
+      const int last = op.node_last(), peers = last - op.node_first();
+      for (int i = 1; i < peers; ++i) {  // not all to the same peer first
+        const int r = op.me + i < last ? op.me + i : op.me + i - peers;
         store_relaxed(op.block(r).routing(parity, op.me) + word, packed);
       }
     }
     word += step;
-    choices = choices_of(p, sizes.pairs, word);
+    choices = choices_of(p.topk_idx, sizes.pairs, word);
   }
   return good;
 }

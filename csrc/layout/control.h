@@ -55,7 +55,15 @@ enum class Fault : uint32_t {
   kInFlight = 8,  // start and done of a small batch did not take turns
 };
 
-enum class Phase : uint32_t { kRouting = 0, kReady = 1, kRows = 2, kGrid = 3, kEntry = 4 };
+enum class Phase : uint32_t {
+  kRouting = 0,
+  kReady = 1,
+  kRows = 2,
+  kGrid = 3,
+  kEntry = 4,
+  kMessage = 5,  // between the stages of an operation between nodes
+  kRoom = 6,     // in a ring for the next message
+};
 
 // What went wrong first on this rank; in host memory that the device writes.
 struct FaultRecord {
@@ -165,13 +173,16 @@ JAX_EP_HD int choice_of(uint64_t word, int pair) {
   return static_cast<int16_t>(word >> (pair % 2 * 16));
 }
 
-// The peers of one rank as its kernels see them; a kernel argument.
+// The peers of one rank as its kernels see them; a kernel argument. Those of its node are the ranks
+// from `node_first` on, `node_ranks` of them: all, unless the group spans nodes.
 struct Peers {
-  char* control[kMaxRanks];  // rank r's control block, at this rank's address for it
+  char* control[kMaxRanks];  // rank r's control block, at this rank's address; null on other nodes
   ControlLayout at;
   SlotLayout slots;  // behind the control block, from `at.total` on
   int rank;
   int num_ranks;
+  int node_first;
+  int node_ranks;
 };
 
 }  // namespace jax_ep

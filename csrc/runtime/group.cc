@@ -64,6 +64,8 @@ const char* name_of(Operation o) {
       return "combine_start";
     case Operation::kCombineDone:
       return "combine_done";
+    case Operation::kRouting:
+      return "exchange_routing";
   }
   return "?";
 }
@@ -80,6 +82,10 @@ const char* name_of(Phase p) {
       return "waiting for this rank's own blocks";
     case Phase::kEntry:
       return "entering";
+    case Phase::kMessage:
+      return "waiting for its message";
+    case Phase::kRoom:
+      return "waiting for room in its ring";
   }
   return "?";
 }
@@ -211,6 +217,8 @@ void Group::reset(uint64_t generation, double timeout_s, int ranks_per_device) {
     p.slots = slot_layout(slots_);
     p.rank = r;
     p.num_ranks = R;
+    p.node_first = 0;
+    p.node_ranks = R;
   }
 }
 
@@ -292,12 +300,15 @@ std::string Group::describe_fault() const {
   const std::string where =
       std::string("jax_ep.") + name_of(static_cast<Operation>(first.operation)) + ": ";
   const std::string phase = name_of(static_cast<Phase>(first.phase));
+  const bool between_nodes = first.phase == static_cast<uint32_t>(Phase::kMessage) ||
+                             first.phase == static_cast<uint32_t>(Phase::kRoom);
+  const std::string counted = between_nodes ? "message " : "operation ";
   switch (static_cast<Fault>(first.fault)) {
     case Fault::kNone:
       return "";
     case Fault::kTimeout:
       return where + who + " gave up on " + whom + " after " + std::to_string(timeout_s_) + " s, " +
-             phase + " (operation " + std::to_string(first.seen >> 24 & 0xffffffffu) +
+             phase + " (" + counted + std::to_string(first.seen >> 24 & 0xffffffffu) +
              " of it seen, " + std::to_string(first.wanted >> 24 & 0xffffffffu) + " wanted)";
     case Fault::kMismatch:
       return where + whom + " runs another operation or other shapes than " + who + ", which was " +

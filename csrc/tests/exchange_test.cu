@@ -9,6 +9,7 @@
 // stream; or all in one launch with rank = blockIdx.y, for sanitizers that serialise launches.
 #include <cstdlib>
 
+#include "harness.cuh"
 #include "options.h"
 #include "semantics.h"
 

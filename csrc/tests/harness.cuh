@@ -1,22 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// All ranks of a group in one process, on one GPU or several: random cases, the arrays of an
-// exchange, and the semantics in plain host C++.
+// All ranks of a group in one process, on one GPU or several: the arrays of an exchange, and how
+// its operations are issued.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_fp8.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdio>
-#include <cstring>
 #include <memory>
-#include <random>
 #include <stdexcept>
-#include <vector>
 
-#include "../plan/host_plan.h"
 #include "../runtime/group.h"
+#include "case.h"
 
 namespace jax_ep {
 
@@ -55,43 +45,8 @@ class Buffer {
   T* data_ = nullptr;
 };
 
-using Bytes = std::vector<char>;
 template <typename T>
 using Buffers = std::vector<std::unique_ptr<Buffer<T>>>;
-
-inline size_t size_of(Element e) { return e == Element::kF32 ? 4 : e == Element::kFp8 ? 1 : 2; }
-
-inline float element_at(const Bytes& a, Element type, size_t i) {
-  if (type == Element::kF32) return reinterpret_cast<const float*>(a.data())[i];
-  if (type == Element::kF16) return __half2float(reinterpret_cast<const __half*>(a.data())[i]);
-  return __bfloat162float(reinterpret_cast<const __nv_bfloat16*>(a.data())[i]);
-}
-
-inline void set_element(Bytes& a, Element type, size_t i, float v) {
-  if (type == Element::kF32) reinterpret_cast<float*>(a.data())[i] = v;
-  if (type == Element::kF16) reinterpret_cast<__half*>(a.data())[i] = __float2half_rn(v);
-  if (type == Element::kBf16)
-    reinterpret_cast<__nv_bfloat16*>(a.data())[i] = __float2bfloat16_rn(v);
-}
-
-// Everything that describes one test or one timing.
-struct Case {
-  Exchange x;
-  int hidden = 0;
-  Element type = Element::kBf16;
-  Wire wire = Wire::kCopy;
-  bool prequantized = false;  // x is fp8 with scales
-  bool power_of_two = false;
-  bool zero_tail = false;
-  bool weights = true;
-  bool quantized_partials = false;  // combine with FP8 on the wire
-  int num_sms = 4;
-  int wire_percent = 0;
-  bool single_launch = false;
-  std::vector<int> topk_idx;   // [R, T, K]
-  std::vector<Bytes> rows_in;  // [R][T, H]
-  std::vector<std::vector<float>> scales_in, scalars_in;
-};
 
 // The arrays of one exchange, per rank.
 struct Arrays {

@@ -7,6 +7,7 @@
 #include <algorithm>
 
 #include "expect.h"
+#include "harness.cuh"
 #include "replay.h"
 #include "semantics.h"
 

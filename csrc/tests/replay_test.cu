@@ -12,6 +12,7 @@
 #include <cstdlib>
 #include <iterator>
 
+#include "harness.cuh"
 #include "options.h"
 #include "replay.h"
 #include "semantics.h"

@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 
+#include "harness.cuh"
 #include "replay.h"
 #include "semantics.h"
 

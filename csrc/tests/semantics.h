@@ -2,7 +2,13 @@
 // dispatch and combine on the host, for all ranks, over a HostPlan: what the kernels must equal bit
 // for bit. The same arithmetic as jax_ep/reference.py.
 #pragma once
-#include "harness.cuh"
+#include <cuda_fp8.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "../plan/host_plan.h"
+#include "case.h"
 
 namespace jax_ep {
 
@@ -83,39 +89,58 @@ inline HostRows host_dispatch(const Case& c, const HostPlan& plan, int rank) {
   return out;
 }
 
+// Each value rounded to the case's type.
+inline void round_values(const Case& c, std::vector<float>* values) {
+  Bytes rounded(size_of(c.type));
+  for (float& v : *values) {
+    set_element(rounded, c.type, 0, v);
+    v = element_at(rounded, c.type, 0);
+  }
+}
+
+// What rank r adds to token t of `rank`, as it arrives there; nothing if it has none of its rows.
+inline bool host_partial(const Case& c, const HostPlan& plan, const Bytes& y,
+                         const std::vector<float>& weights, size_t r, size_t rank, size_t t,
+                         std::vector<float>* partial) {
+  const size_t T = c.x.num_tokens, K = c.x.top_k, H = c.hidden;
+  const int* rows = &plan.token_rows[(r * c.x.num_ranks * T + rank * T + t) * K];
+  if (rows[0] < 0) return false;
+  partial->assign(H, 0.0f);
+  for (size_t k = 0; k < K && rows[k] >= 0; ++k) {
+    for (size_t h = 0; h < H; ++h) {
+      volatile float product = element_at(y, c.type, rows[k] * H + h);  // no fused multiply-add
+      if (c.weights) product = weights[rows[k]] * product;
+      (*partial)[h] += product;
+    }
+  }
+  round_values(c, partial);
+  const bool crosses = c.quantized_partials && r != rank;
+  for (size_t first = 0; crosses && first < H; first += kScaleBlock) {
+    float scale;
+    uint8_t q[kScaleBlock];
+    quantize_block(&(*partial)[first], c.power_of_two, q, &scale);
+    for (int i = 0; i < kScaleBlock; ++i) (*partial)[first + i] = dequantize_value(q[i], scale);
+  }
+  return true;
+}
+
 // `y` and `weights` of all ranks to the tokens of `rank`.
 inline Bytes host_combine(const Case& c, const HostPlan& plan, const std::vector<Bytes>& y,
                           const std::vector<std::vector<float>>& weights, int rank) {
-  const Exchange& x = c.x;
-  const size_t R = x.num_ranks, T = x.num_tokens, K = x.top_k, H = c.hidden;
-  Bytes out(T * H * size_of(c.type)), rounded(H * size_of(c.type));
-  std::vector<float> total(H), partial(H);
+  const size_t R = c.x.num_ranks, T = c.x.num_tokens, H = c.hidden;
+  const size_t per_node = c.ranks_per_node == 0 ? R : c.ranks_per_node;
+  Bytes out(T * H * size_of(c.type));
+  std::vector<float> total(H), of_node(H), partial(H);
   for (size_t t = 0; t < T; ++t) {
     std::fill(total.begin(), total.end(), 0.0f);
     for (size_t r = 0; r < R; ++r) {
-      const int* rows = &plan.token_rows[(r * R * T + rank * T + t) * K];
-      if (rows[0] < 0) continue;  // adds +0
-      std::fill(partial.begin(), partial.end(), 0.0f);
-      for (size_t k = 0; k < K && rows[k] >= 0; ++k) {
-        for (size_t h = 0; h < H; ++h) {
-          volatile float product =
-              element_at(y[r], c.type, rows[k] * H + h);  // no fused multiply-add
-          if (c.weights) product = weights[r][rows[k]] * product;
-          partial[h] += product;
-        }
+      if (r % per_node == 0) std::fill(of_node.begin(), of_node.end(), 0.0f);
+      if (host_partial(c, plan, y[r], weights[r], r, rank, t, &partial)) {
+        for (size_t h = 0; h < H; ++h) of_node[h] += partial[h];
       }
-      for (size_t h = 0; h < H; ++h) {
-        set_element(rounded, c.type, h, partial[h]);
-        partial[h] = element_at(rounded, c.type, h);
-      }
-      const bool crosses = c.quantized_partials && r != size_t(rank);
-      for (size_t first = 0; crosses && first < H; first += kScaleBlock) {
-        float scale;
-        uint8_t q[kScaleBlock];
-        quantize_block(&partial[first], c.power_of_two, q, &scale);
-        for (int i = 0; i < kScaleBlock; ++i) partial[first + i] = dequantize_value(q[i], scale);
-      }
-      for (size_t h = 0; h < H; ++h) total[h] += partial[h];
+      if ((r + 1) % per_node != 0) continue;
+      if (per_node != R) round_values(c, &of_node);
+      for (size_t h = 0; h < H; ++h) total[h] += of_node[h];
     }
     for (size_t h = 0; h < H; ++h) set_element(out, c.type, t * H + h, total[h]);
   }

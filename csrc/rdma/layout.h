@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a rank of a group that spans nodes has in the arena, behind its control block: rings of
+// messages between nodes, rings of partial sums inside a node. `Config` sizes them.
+//
+// N nodes of L ranks; rank n * L + l is the l-th of node n. Messages between nodes go between ranks
+// with the same l. A ring has `slots` slots, of `slot_bytes` each.
+//
+// Flags of rings are tags as the control block's are, with the number of a message in its ring,
+// from 1 on, in place of the epoch: a slot's `arrived` and `filled` with the operation's signature,
+// its `credit` and `emptied` with none. A message may take a slot when the last one there is
+// credited.
+#pragma once
+#include "../layout/control.h"
+#include "../plan/geometry.h"
+
+namespace jax_ep {
+
+struct RingSize {
+  int slots = 0;
+  int slot_bytes = 0;  // a multiple of 128
+};
+
+// Messages that a rank has sent and received in each of its rings; on all ranks alike.
+struct RingCounters {
+  uint64_t remote;  // for each other node
+  uint64_t own;     // for the own node; times the number of nodes: partials
+};
+
+// Offsets from the start of the control block.
+struct RingLayout {
+  uint64_t counters, words, arrived, credit, send, receive, filled, emptied, partials, scalars,
+      total;
+  uint64_t slot_bytes;
+  uint32_t slots;
+};
+
+constexpr int kRingFields = 10;
+constexpr int kMostChunkTokens = 256;
+constexpr int kMostChunkPairs = 1024;
+constexpr int kChunksOfFew = 8, kFewTokens = 16;
+
+// The declaration of the layout: `visit(name, writer, bytes)` in order.
+template <typename Visit>
+constexpr void visit_rings(int nodes, int local_ranks, const RingSize& size, Visit&& visit) {
+  const size_t N = nodes, L = local_ranks, flags = size.slots * sizeof(uint64_t);
+  const size_t ring = size_t(size.slots) * size.slot_bytes;
+  visit("counters", "this rank", sizeof(RingCounters));
+  visit("words", "this rank: its routing [parity][pair/2]", 2 * kMaxPairs / 2 * sizeof(uint64_t));
+  visit("arrived", "rank of node n, own too: arrived[n][slot]", N * flags);
+  visit("credit", "rank of node n, own too: credit[n][slot]", N * flags);
+  visit("send", "this rank: messages [other node][slot]", (N - 1) * ring);
+  visit("receive", "rank of node n, own too: messages [n][slot]", N * ring);
+  visit("filled", "rank j of this node, own too: filled[j][slot]", L * flags);
+  visit("emptied", "rank j of this node, own too: emptied[j][slot]", L * flags);
+  visit("partials", "rank j of this node, own too: partials[j][slot]", L * ring);
+  visit("scalars", "ranks of this node: scalars[slot][pair of a chunk]",
+        size_t(size.slots) * kMostChunkPairs * sizeof(float));
+}
+
+// Offsets of the fields, the first at `first`; `fields`, if given, receives names and sizes too.
+constexpr RingLayout ring_layout(int nodes, int local_ranks, const RingSize& size, size_t first,
+                                 Field* fields = nullptr) {
+  size_t offsets[kRingFields] = {}, end = round_up(first, 128);
+  int n = 0;
+  visit_rings(nodes, local_ranks, size, [&](const char* name, const char* writer, size_t bytes) {
+    offsets[n] = end;
+    if (fields != nullptr) fields[n] = Field{name, writer, end, bytes};
+    end = round_up(end + bytes, 128);
+    ++n;
+  });
+  return {offsets[0],          offsets[1], offsets[2], offsets[3],
+          offsets[4],          offsets[5], offsets[6], offsets[7],
+          offsets[8],          offsets[9], end,        uint64_t(size.slot_bytes),
+          uint32_t(size.slots)};
+}
+
+// `tag` with message number `number` of a ring, counted from 0, in place of the epoch.
+JAX_EP_HD uint64_t make_stamp(uint64_t tag, uint64_t number) {
+  return (tag & ~(uint64_t{0xffffffffu} << 24)) | ((number + 1) & 0xffffffffu) << 24;
+}
+JAX_EP_HD uint64_t make_credit(uint64_t tag, uint64_t number) {
+  return make_stamp(tag, number) & ~uint64_t{0xffffffu};
+}
+
+// At the start of every message and every partial.
+struct alignas(16) MessageHead {
+  uint64_t stamp;
+  uint32_t rows;  // that follow, packed; of a partial: at its token's place in the chunk
+  uint32_t reserved;
+  uint32_t tokens[kMostChunkTokens / 32];  // of the chunk: a bit for each that has a row
+};
+
+// Where a pair's row goes, as dispatch's messages say it.
+struct Place {
+  int32_t rank;  // of the group; -1: not to this node
+  int32_t row;
+};
+
+// A message of a chunk: head; what it says of pairs; rows.
+//
+//   dispatch   head   Place [row][K]   scalar [row][K]   {row as it travels} [row]
+//   combine    head   scalar [token][K]                  {partial sum} [row]
+//   partial    head                                      {partial sum} [token]
+struct MessageShape {
+  int chunk;  // tokens, at most
+  int top_k;  // K
+  int pair_bytes;
+  int row_bytes;  // a multiple of 16
+
+  JAX_EP_HD size_t rows_at() const {
+    return (sizeof(MessageHead) + size_t(chunk) * top_k * pair_bytes + 127) / 128 * 128;
+  }
+  JAX_EP_HD size_t bytes(int rows) const { return rows_at() + size_t(rows) * row_bytes; }
+};
+
+// The shape of messages whose slots have `slot_bytes`: chunks as inside a node, and of few tokens
+// larger ones, if they fit. `chunk` is 0 if even the smallest do not: there are at most kMaxChunks.
+JAX_EP_HD MessageShape message_shape(int num_tokens, int top_k, int pair_bytes, int row_bytes,
+                                     uint64_t slot_bytes) {
+  MessageShape shape{0, top_k, pair_bytes, row_bytes};
+  const int least = max_int(1, ceil_div(num_tokens, kMaxChunks));
+  const int wanted = min_int(kFewTokens, ceil_div(num_tokens, kChunksOfFew));
+  for (int chunk = max_int(wanted, chunk_tokens(num_tokens, kMaxChunks)); chunk >= least; --chunk) {
+    shape.chunk = chunk;
+    if (shape.bytes(chunk) <= slot_bytes && chunk * top_k <= kMostChunkPairs) return shape;
+  }
+  shape.chunk = 0;
+  return shape;
+}
+
+// Of a dispatch: a row travels as `value_bytes` of values, then its scales, if it has any.
+JAX_EP_HD MessageShape dispatch_message(const Exchange& x, int value_bytes, int num_scales,
+                                        uint64_t slot_bytes) {
+  const int scale_bytes = (num_scales * int(sizeof(float)) + 15) / 16 * 16;
+  return message_shape(x.num_tokens, x.top_k, int(sizeof(Place) + sizeof(float)),
+                       value_bytes + scale_bytes, slot_bytes);
+}
+
+// Of a combine: a row of sums in y's type; none, if only scalars come back.
+JAX_EP_HD MessageShape combine_message(const Exchange& x, int row_bytes, uint64_t slot_bytes) {
+  return message_shape(x.num_tokens, x.top_k, sizeof(float), row_bytes, slot_bytes);
+}
+
+// What `slot_bytes` must be at least so that messages have as many tokens as they may: the shape of
+// one in slots without bound.
+constexpr uint64_t kAnySlot = ~uint64_t{0};
+inline int most_slot_bytes(const MessageShape& in_any_slot) {
+  return static_cast<int>(round_up(in_any_slot.bytes(in_any_slot.chunk), 128));
+}
+
+// How the blocks of a launch share the roles between nodes: `wire` and `local` as inside a node,
+// the first and the last blocks, between them `send` and `forward`.
+struct NodeRoles {
+  int wire, send, forward, local;
+};
+
+constexpr int kLeastDispatchBlocks = 4, kLeastCombineBlocks = 3;  // one for each role
+
+JAX_EP_HD NodeRoles split_node_roles(int num_blocks, int local_ranks, int wire_percent) {
+  NodeRoles r;
+  r.wire = local_ranks == 1 ? 0 : max_int(1, (num_blocks - 3) * wire_percent / 100);
+  r.send = max_int(1, (num_blocks - r.wire) / 4);
+  r.forward = max_int(1, (num_blocks - r.wire - r.send) / 2);
+  r.local = num_blocks - r.wire - r.send - r.forward;
+  return r;
+}
+
+// The same of a combine: blocks that make partials, sum a node's, and sum the nodes'.
+struct CombineRoles {
+  int partial, gateway, reduce;
+};
+
+JAX_EP_HD CombineRoles split_combine_roles(int num_blocks) {
+  CombineRoles r;
+  r.gateway = max_int(1, num_blocks / 3);
+  r.reduce = max_int(1, num_blocks / 4);
+  r.partial = num_blocks - r.gateway - r.reduce;
+  return r;
+}
+
+}  // namespace jax_ep

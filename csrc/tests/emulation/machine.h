@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// A GPU's threads on the host: kernels of several ranks at once, whose warps take turns at random
+// and alike for the same seed.
+//
+// Each block is a thread of the operating system, so that what is `static thread_local` is its
+// shared memory; each of its CUDA threads is a fiber with a stack of its own. Only one of all of
+// them runs at any time: the machine gives its turn to one block after the other, a block to one
+// warp after the other, a warp to each of its lanes until it waits. Memory is therefore as seen by
+// all: what weaker orders would show is not shown. Time is counted in turns.
+#pragma once
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+namespace emulation {
+
+struct Index {
+  unsigned x = 0, y = 0, z = 0;
+};
+
+// Of the fiber that runs.
+const Index& thread_index();
+const Index& block_index();
+const Index& block_size();
+const Index& grid_size();
+
+// By all lanes of a warp: what each lane brings, in order.
+const uint64_t* exchange_in_warp(uint64_t mine);
+// By all threads of a block: how many bring true.
+int count_in_block(bool mine);
+// Others run. `waits`: this thread has nothing to do until they have.
+void pause(bool waits);
+// Of the machine, in ns.
+uint64_t now();
+
+class Block;
+
+class Machine {
+ public:
+  explicit Machine(uint64_t seed);
+  ~Machine();
+  // A kernel of some blocks of `threads` threads, to run when all that was launched on the same
+  // stream before has ended; `name` is said if it does not.
+  void launch(int stream, const std::string& name, int blocks, int threads,
+              std::function<void()> kernel);
+  // Run all of them. `between`, now and then: what is no GPU's. Ends the program if that takes
+  // more than `most_turns`.
+  void run(const std::function<void()>& between, uint64_t most_turns);
+
+  std::mt19937_64& random() { return random_; }
+  bool chance(double p) { return std::uniform_real_distribution<double>()(random_) < p; }
+  int below(int n) { return static_cast<int>(random_() % n); }
+  uint64_t time = 1;  // ns
+
+ private:
+  struct Kernel {
+    std::string name;
+    int blocks, threads;
+    std::function<void()> body;
+  };
+  struct Stream {
+    std::deque<Kernel> waiting;
+    size_t running = 0;  // blocks
+  };
+  void start(int stream);
+
+  std::mt19937_64 random_;
+  std::map<int, Stream> streams_;
+  std::vector<std::unique_ptr<Block>> blocks_;  // that have not ended
+};
+
+}  // namespace emulation
