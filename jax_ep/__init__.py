@@ -16,7 +16,7 @@ from ._in_flight import combine_done, combine_start, dispatch_done, dispatch_sta
 from ._layout import num_rows
 from ._stats import Timings, stats
 from ._stats_recorder import Recorder
-from ._types import REMAT_NAMES, Config, Dispatched, Handle, InFlight
+from ._types import REMAT_NAMES, Config, Dispatched, Handle, InFlight, Rdma
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ __all__ = [
     "Dispatched",
     "Handle",
     "InFlight",
+    "Rdma",
     "Recorder",
     "Timings",
     "balance",

@@ -3,6 +3,7 @@
 
 import functools
 import importlib.util
+import pathlib
 from typing import Any
 
 import jax
@@ -128,3 +129,18 @@ def read_stats() -> list[tuple[int, int, int, bytes]]:
 def control_layout(num_ranks: int) -> list[tuple[str, str, int, int]]:
     """Name, writer, offset and bytes of each field of a rank's control block."""
     return _ext.control_layout(num_ranks) if has_cuda() else []
+
+
+def can_access_peer(device: int, peer: int) -> bool:
+    """Whether a CUDA device addresses the memory of another one of this process."""
+    return _ext.can_access_peer(device, peer)
+
+
+def rdma() -> Any:
+    """The extension's functions around NVSHMEM and the RDMA library; None if it has none."""
+    return _ext if hasattr(_ext, "rdma_open") else None
+
+
+def beside_extension(name: str) -> pathlib.Path:
+    """A file of the package's compiled part."""
+    return pathlib.Path(_ext.__file__).with_name(name)

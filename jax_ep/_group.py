@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from . import _check, _ffi, _rendezvous
+from . import _check, _ffi, _rdma, _rdma_library, _rendezvous, _topology
 from ._check import axis_tuple
 from ._jax_compat import Device
 from ._types import Config
@@ -49,12 +49,13 @@ def initialize(
         timeout_s: seconds after which a wait for a peer ends in an error.
         config: `decode_tokens` and `decode_row_bytes` size the slots for small batches, which are
             allocated here; pass the same to the operations. None: as an earlier call has it, or
-            the default `Config`.
+            the default `Config`. `gpus_per_node` and `rdma` are for groups that span nodes.
 
     Raises:
         TypeError: `mesh` is not a concrete mesh, or `config` not a `Config`.
         ValueError: an unknown axis; a timeout that is not positive; a mesh of the same axes and
-            sizes but another order of devices than an earlier one; slots of another size.
+            sizes but another order of devices than an earlier one; slots of another size; ranks
+            that do not form nodes of one size, side by side.
     """
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")
@@ -75,11 +76,17 @@ def initialize(
             "Call jax_ep.finalize() first."
         )
     groups = groups_of(mesh, axes)
+    gpus_per_node = _check.config(config).gpus_per_node
+    if gpus_per_node is not None and len(groups[0]) % gpus_per_node:
+        raise ValueError(
+            f"config: expected gpus_per_node to divide the {len(groups[0])} ranks of a group, got "
+            f"{gpus_per_node}"
+        )
     slots = _slots_of(groups, config)
     on_gpus = all(d.platform in ("gpu", "cuda") for d in mesh.devices.flat)
     if on_gpus and _ffi.has_cuda():
         restart = known is None or _ffi.is_broken(name)
-        _start(name, groups, float(timeout_s), restart, slots)
+        _start(name, groups, float(timeout_s), restart, slots, gpus_per_node)
         _watch()
     _groups[name] = mesh
     _slot_sizes.update((_key(group), slots) for group in groups)
@@ -118,16 +125,20 @@ def _start(
     timeout_s: float,
     restart: bool,
     slots: tuple[int, int],
+    gpus_per_node: int | None,
 ) -> None:
     """Make or restart every group that has a device of this process, if any process wants it."""
     me = jax.process_index()
     everyone = [d for group in groups for d in group]
     sharing = 1  # ranks on one GPU, which share its SMs
+    hosts = {me: _rendezvous.host()}
     if any(d.process_index != me for d in everyone):
         _calls[name] = _calls.get(name, 0) + 1
         device = next(d.local_hardware_id for d in everyone if d.process_index == me)
         meeting = _rendezvous.Meeting(f"{name}/{_calls[name]}", everyone)
-        sharing, restart = _rendezvous.agree(meeting, device, restart)
+        sharing, restart, hosts = _rendezvous.agree(meeting, device, restart)
+    for group in groups:
+        _refuse_nodes(group, hosts, gpus_per_node)
     if not restart:
         return
     for group in groups:
@@ -147,6 +158,20 @@ def _start(
         meeting.barrier("started")  # nobody's kernel runs before every block is zero
 
 
+def _refuse_nodes(group: list[Device], hosts: dict[int, str], gpus_per_node: int | None) -> None:
+    """Raise for a group that spans nodes, alike in every process: it has no kernels yet."""
+    places = [_topology.Place(d.process_index, hosts[d.process_index]) for d in group]
+    topology = _topology.of_group(places, gpus_per_node)
+    if topology.spans_nodes:
+        raise RuntimeError(
+            "jax_ep.initialize: expected all ranks of a group in one node, got "
+            f"{topology.num_nodes} nodes of {topology.ranks_per_node}:\n{_topology.table(places)}\n"
+            "dispatch and combine between nodes are not implemented for CUDA yet; "
+            "implementation='xla' works. What they will need: "
+            + "; ".join(_rdma_library.describe())
+        )
+
+
 @functools.cache
 def _watch() -> None:
     """Log each failure once: under CUDA-graph replay no handler runs that could return it."""
@@ -164,7 +189,11 @@ def _watch() -> None:
 
 
 def finalize() -> None:
-    """Take every group out of use; `initialize` makes new ones. Call it when no operation runs."""
+    """Take every group out of use; `initialize` makes new ones. Call it when no operation runs.
+
+    Where a group spans nodes, all its processes call it together.
+    """
+    _rdma.stop(dead=_ffi.describe_faults())
     _groups.clear()
     _slot_sizes.clear()
     _ffi.finalize_groups()

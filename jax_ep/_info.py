@@ -9,7 +9,7 @@ from importlib import metadata
 
 import jax
 
-from . import _ffi, _slots, _sms
+from . import _ffi, _nics, _rdma_library, _slots, _sms
 from ._types import Config
 
 
@@ -36,6 +36,8 @@ def facts() -> dict:
         "control_block": control_block(num_ranks=max(2, len(devices))),
         "small_batches": small_batches(Config(), num_ranks=max(2, len(devices))),
         "default_sms": default_sms(devices),
+        "rdma": rdma(),
+        "p2p": p2p(devices),
         "groups": _ffi.describe_groups(),
         "missing": missing,
     }
@@ -72,6 +74,23 @@ def default_sms(devices: list) -> list[str]:
     for kind, device in sorted(local.items()):
         speeds = _ffi.device_speeds(device.local_hardware_id)
         lines.append(_sms.of_gpu(kind, speeds, num_ranks=max(2, len(gpus)), top_k=8))
+    return lines
+
+
+def rdma() -> list[str]:
+    """What groups that span nodes would run on here: library, NVSHMEM, NICs. Starts nothing."""
+    nics = [f"NIC {nic}" for nic in _nics.nics()] or ["no RDMA NIC"]
+    return [*_rdma_library.describe(), *nics, *_nics.gpu_access()]
+
+
+def p2p(devices: list) -> list[str]:
+    """Which GPUs of this process address each other's memory."""
+    ids = [d.local_hardware_id for d in devices if d.process_index == jax.process_index()]
+    on_gpus = _ffi.has_cuda() and all(d.platform == "gpu" for d in devices)
+    lines = []
+    for a in ids if on_gpus and len(ids) > 1 else []:
+        reached = [str(b) for b in ids if b != a and _ffi.can_access_peer(a, b)]
+        lines.append(f"GPU {a} reaches {', '.join(reached) or 'none'}")
     return lines
 
 

@@ -67,12 +67,14 @@ class Meeting:
         )
 
 
-def agree(meeting: Meeting, device: int, restart: bool) -> tuple[int, bool]:
-    """How many processes of the meeting use one GPU, at most, and whether any wants to restart."""
-    mine = dict(gpu=f"{_host()} {_ffi.device_bus_id(device)}", restart=restart)
-    everyone = meeting.exchange(mine).values()
-    gpus = [facts["gpu"] for facts in everyone]
-    return max(gpus.count(gpu) for gpu in gpus), any(facts["restart"] for facts in everyone)
+def agree(meeting: Meeting, device: int, restart: bool) -> tuple[int, bool, dict[int, str]]:
+    """How many processes of the meeting use one GPU, at most; whether any wants to restart; hosts."""
+    mine = dict(host=host(), gpu=_ffi.device_bus_id(device), restart=restart)
+    everyone = meeting.exchange(mine)
+    gpus = [(facts["host"], facts["gpu"]) for facts in everyone.values()]
+    restart = any(facts["restart"] for facts in everyone.values())
+    hosts = {process: facts["host"] for process, facts in everyone.items()}
+    return max(map(gpus.count, gpus)), restart, hosts
 
 
 def share_memory(meeting: Meeting, key: str, devices: list[int], *, attach: bool) -> None:
@@ -86,7 +88,6 @@ def share_memory(meeting: Meeting, key: str, devices: list[int], *, attach: bool
     address = f"jax_ep-{uuid.uuid4()}"
     facts = dict(
         rank=rank,
-        host=_host(),
         address=address,
         attach=attach,
     )
@@ -110,12 +111,6 @@ def share_memory(meeting: Meeting, key: str, devices: list[int], *, attach: bool
 
 
 def _check(everyone: dict[int, dict], mine: dict) -> None:
-    hosts = {process: facts["host"] for process, facts in everyone.items()}
-    if len(set(hosts.values())) > 1:
-        raise ValueError(
-            f"mesh: expected all processes of a group on one host, got {hosts}: groups between "
-            "hosts are not implemented for CUDA yet; implementation='xla' works"
-        )
     if any(facts["attach"] != mine["attach"] for facts in everyone.values()):
         raise RuntimeError(
             "jax_ep.initialize: a process was restarted while others were not; expected all of them "
@@ -133,7 +128,8 @@ def _check_allocator() -> None:
             )
 
 
-def _host() -> str:
+def host() -> str:
+    """Name of this host, and of its boot, as hosts may share a name."""
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"
 

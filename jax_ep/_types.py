@@ -2,6 +2,7 @@
 """The static description of one exchange (`Spec`) and the pytrees a user holds."""
 
 import dataclasses
+import re
 from typing import Literal
 
 import jax
@@ -22,8 +23,62 @@ SCALE_BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
+class Rdma:
+    """How a group that spans nodes uses the network; part of `Config`, decided by `initialize`.
+
+    What is None is left to NVSHMEM and its environment variables. docs/multi_node.md says when to
+    choose what.
+
+    Args:
+        service_level: InfiniBand service level, 0 to 15, and so the virtual lane: isolates this
+            traffic from that of others. NVSHMEM_IB_SL.
+        traffic_class: traffic class on RoCE, 0 to 255. NVSHMEM_IB_TRAFFIC_CLASS.
+        gid_index: which GID of its port a NIC uses on RoCE. NVSHMEM_IB_GID_INDEX.
+        nics: NICs to use, "name:port", with a leading "^" not to use. NVSHMEM_HCA_LIST.
+        nic_map: NICs of the ranks of a node in turn, "name:port:count". NVSHMEM_HCA_PE_MAPPING.
+        transport: "ibgda", where the GPU drives the NIC, or "ibrc", where a thread of the CPU does;
+            None: as NVSHMEM's environment has it. Between virtual nodes of one host it is unused.
+        arena_bytes: device memory of each rank that other nodes write into.
+    """
+
+    service_level: int | None = None
+    traffic_class: int | None = None
+    gid_index: int | None = None
+    nics: tuple[str, ...] = ()
+    nic_map: tuple[str, ...] = ()
+    transport: Literal["ibgda", "ibrc"] | None = "ibgda"
+    arena_bytes: int = 2**29
+
+    def __post_init__(self):
+        for name, top in (("service_level", 15), ("traffic_class", 255), ("gid_index", 255)):
+            n = getattr(self, name)
+            if n is not None and (
+                not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= top
+            ):
+                raise ValueError(f"Rdma.{name}: expected None or an int of 0 to {top}, got {n!r}")
+        for name, form in (("nics", r"\^?[^:,^\s]+:\d+"), ("nic_map", r"[^:,^\s]+:\d+:\d+")):
+            entries = getattr(self, name)
+            if not isinstance(entries, tuple) or not all(
+                isinstance(e, str) and re.fullmatch(form, e) for e in entries
+            ):
+                like = '"mlx5_0:1"' if name == "nics" else '"mlx5_0:1:2"'
+                raise ValueError(
+                    f"Rdma.{name}: expected a tuple of strings like {like}, got {entries!r}"
+                )
+        if self.nics and self.nic_map:
+            raise ValueError("Rdma.nics, nic_map: expected one of them, got both")
+        if self.transport not in ("ibgda", "ibrc", None):
+            raise ValueError(
+                f"Rdma.transport: expected 'ibgda', 'ibrc' or None, got {self.transport!r}"
+            )
+        n = self.arena_bytes
+        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
+            raise ValueError(f"Rdma.arena_bytes: expected a positive int, got {n!r}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
-    """How an operation uses the device; never changes a result.
+    """How an operation uses the device; but for `gpus_per_node` it never changes a result.
 
     Args:
         num_sms: thread blocks (one per SM) the CUDA kernels take; None for the default derived
@@ -34,17 +89,25 @@ class Config:
         decode_tokens: most tokens per rank, T, that take the path for small batches on CUDA; 0
             switches it off. `initialize` sizes the slots of a group by this and the next.
         decode_row_bytes: most bytes of a row, H times the item size of `x` or `y`, that take it.
+        gpus_per_node: ranks that form a node, neighbours in the group; None: those of one host. A
+            divisor of that splits hosts into virtual nodes, between which data goes as between
+            hosts. combine rounds once more for each node, as `reference.combine(ranks_per_node=)`
+            does. The `xla` implementation ignores it.
+        rdma: what `initialize` tells the network, where a group spans nodes.
     """
 
     num_sms: int | None = None
     decode_tokens: int = 128
     decode_row_bytes: int = 16384
     overlap: bool = False
+    gpus_per_node: int | None = None
+    rdma: Rdma = Rdma()
 
     def __post_init__(self):
-        n = self.num_sms
-        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-            raise ValueError(f"Config.num_sms: expected None or a positive int, got {n!r}")
+        for name in ("num_sms", "gpus_per_node"):
+            n = getattr(self, name)
+            if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+                raise ValueError(f"Config.{name}: expected None or a positive int, got {n!r}")
         for name in ("decode_tokens", "decode_row_bytes"):
             n = getattr(self, name)
             if not isinstance(n, int) or isinstance(n, bool) or n < 0:
@@ -59,6 +122,8 @@ class Config:
             )
         if not isinstance(self.overlap, bool):
             raise ValueError(f"Config.overlap: expected a bool, got {self.overlap!r}")
+        if not isinstance(self.rdma, Rdma):
+            raise ValueError(f"Config.rdma: expected a jax_ep.Rdma, got {self.rdma!r}")
 
 
 @dataclasses.dataclass(frozen=True)

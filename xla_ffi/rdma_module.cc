@@ -73,6 +73,12 @@ nb::tuple free_memory(int device) {
   return nb::make_tuple(free, total);
 }
 
+bool can_access_peer(int device, int peer) {
+  int can = 0;
+  require(cudaDeviceCanAccessPeer(&can, device, peer), "cudaDeviceCanAccessPeer");
+  return can != 0;
+}
+
 int driver_cuda() {
   int version = 0;
   require(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
@@ -104,6 +110,7 @@ void define_rdma(nb::module_& m) {
   m.def("rdma_peer", &peer, "Where an address of the arena lies on a rank; 0: out of reach.");
   m.def("rdma_smoke", &smoke, no_gil, "Collective: pass a word to the next rank.");
   m.def("free_memory", &free_memory, "Free and total bytes of a CUDA device.");
+  m.def("can_access_peer", &can_access_peer, "Whether a CUDA device addresses another's memory.");
   m.def("driver_cuda", &driver_cuda, "CUDA version of the driver, 1000 major + 10 minor.");
   m.attr("rdma_smoke_words") = rdma::kSmokeWords;
 }

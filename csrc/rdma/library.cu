@@ -33,6 +33,14 @@ const char* failed(const char* call, cudaError_t error) {
   return failed(std::string(call) + ": " + cudaGetErrorString(error));
 }
 
+int device = -1;  // of this process
+
+// NVSHMEM's calls want the device current, in whichever thread.
+const char* select_device() {
+  const cudaError_t error = cudaSetDevice(device);
+  return error == cudaSuccess ? nullptr : failed("cudaSetDevice", error);
+}
+
 void facts(Facts* out) {
   out->built = kBuilt;
   nvshmemx_vendor_get_version_info(&out->found.major, &out->found.minor, &out->found.patch);
@@ -50,10 +58,11 @@ const char* make_unique_id(unsigned char* id) {
   return nullptr;
 }
 
-const char* start(const unsigned char* id, int rank, int num_ranks, int device) {
-  cudaError_t error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = cudaFree(nullptr);  // the context, which NVSHMEM takes as it is
-  if (error != cudaSuccess) return failed("cudaSetDevice", error);
+const char* start(const unsigned char* id, int rank, int num_ranks, int on_device) {
+  device = on_device;
+  if (const char* failure = select_device()) return failure;
+  const cudaError_t error = cudaFree(nullptr);  // makes the context, which NVSHMEM demands
+  if (error != cudaSuccess) return failed("cudaFree", error);
   static nvshmemx_uniqueid_t unique;  // NVSHMEM keeps its address
   std::memcpy(&unique, id, sizeof unique);
   nvshmemx_init_attr_t attributes = NVSHMEMX_INIT_ATTR_INITIALIZER;
@@ -74,11 +83,14 @@ const char* start(const unsigned char* id, int rank, int num_ranks, int device) 
 }
 
 const char* stop() {
+  if (const char* failure = select_device()) return failure;
   nvshmem_finalize();
   return status() >= kStarted ? failed("NVSHMEM is still in use by another library") : nullptr;
 }
 
 const char* allocate(size_t bytes, void** arena) {
+  *arena = nullptr;
+  if (const char* failure = select_device()) return failure;
   *arena = nvshmem_calloc(1, bytes);
   return *arena == nullptr ? failed("nvshmem_calloc found no room for " + std::to_string(bytes) +
                                     " bytes in its symmetric heap")
@@ -86,6 +98,7 @@ const char* allocate(size_t bytes, void** arena) {
 }
 
 const char* release(void* arena) {
+  if (const char* failure = select_device()) return failure;
   nvshmem_free(arena);
   return nullptr;
 }
@@ -116,6 +129,7 @@ __global__ void pass_a_word(const __grid_constant__ Smoke s) {
 
 const char* smoke(uint64_t* words, int rank, int num_ranks, uint64_t value, double timeout_s) {
   const Smoke s{words, (rank + 1) % num_ranks, value, static_cast<uint64_t>(timeout_s * 1e9)};
+  if (const char* failure = select_device()) return failure;
   uint64_t arrived = 0;
   cudaStream_t stream;
   cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
