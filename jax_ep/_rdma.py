@@ -22,7 +22,7 @@ from ._types import Rdma
 
 _log = logging.getLogger("jax_ep")
 
-#: For each collective call of NVSHMEM; half of what others wait for the outcome.
+#: For each collective call of NVSHMEM; others wait twice as long for its outcome.
 STEP_TIMEOUT_S = SETUP_TIMEOUT_S / 2
 SMOKE_TIMEOUT_S = 10.0
 
@@ -193,7 +193,8 @@ def _agree_to_start(
 
 
 def _exchange(step: str, devices: list[Device], facts: dict) -> dict[int, dict]:
-    return Meeting(f"rdma/{_State.rounds}/{step}", devices).exchange(facts)
+    meeting = Meeting(f"rdma/{_State.rounds}/{step}", devices, 2 * STEP_TIMEOUT_S)
+    return meeting.exchange(facts)
 
 
 def _together(step: str, devices: list[Device], names: dict[int, str], function) -> None:
@@ -203,11 +204,14 @@ def _together(step: str, devices: list[Device], names: dict[int, str], function)
         _bounded(f"NVSHMEM ({step})", STEP_TIMEOUT_S, function)
     except RuntimeError as error:
         said.append(str(error))
-    everyone = _exchange(step, devices, {"problems": said})
-    problems = {names[p]: everyone[p]["problems"] for p in everyone}
-    if any(problems.values()):
-        _State.abandoned = _State.abandoned or f"it failed while it was {step}"
-    _rdma_checks.raise_if_any(problems)
+    try:
+        everyone = _exchange(step, devices, {"problems": said})
+        _rdma_checks.raise_if_any({names[p]: everyone[p]["problems"] for p in everyone})
+    except RuntimeError as error:  # NVSHMEM has started on some
+        _State.abandoned = f"a rank could not be {step}"
+        if said and said[0] not in str(error):
+            raise RuntimeError(f"{error}; here: {said[0]}") from error
+        raise
 
 
 def _bounded(what: str, timeout_s: float, function) -> None:
