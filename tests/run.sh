@@ -70,8 +70,10 @@ SKBUILD_CMAKE_DEFINE="JAX_EP_CUDA_ARCHITECTURES=90a-real"  # one is enough the s
 export SKBUILD_CMAKE_DEFINE
 newest_py=$(install "$newest" test)
 log=.venv/oldest.log status=0
-# Pages, examples, benchmarks and launches, which mostly compile, take the newest JAX only.
-late=(docs examples examples_fp8 decode_example two_microbatches bench benchmarks scale_model launch portable)
+# Pages, examples, benchmarks and launches, which mostly compile, take the newest JAX only; so does
+# what knows no JAX.
+late=(docs examples examples_fp8 decode_example multi_node_example two_microbatches bench benchmarks scale_model launch portable
+  between_nodes)
 # shellcheck disable=SC2046
 "$(dirname "$py")/pytest" -q $(printf -- '--ignore=tests/test_%s.py ' "${late[@]}") >"$log" 2>&1 &
 echo "== $(version "$newest"), newest JAX"

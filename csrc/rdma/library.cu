@@ -149,7 +149,20 @@ const char* smoke(uint64_t* words, int rank, int num_ranks, uint64_t value, doub
 }
 
 constexpr Table kTable = {
-    kTableVersion, facts, status, make_unique_id, start, stop, allocate, release, peer, smoke,
+    kTableVersion,
+    facts,
+    status,
+    make_unique_id,
+    start,
+    stop,
+    allocate,
+    release,
+    peer,
+    smoke,
+    load_node_kernels,
+    launch_node_routing,
+    launch_node_dispatch,
+    launch_node_combine,
 };
 
 }  // namespace

@@ -7,10 +7,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "launch.h"
+
 namespace jax_ep::rdma {
 
 // Grows with every change of `Table`; the extension refuses another number.
-constexpr int kTableVersion = 1;
+constexpr int kTableVersion = 2;
 
 constexpr size_t kUniqueIdBytes = 128;
 
@@ -53,6 +55,14 @@ struct Table {
   // of the rank before. `words`: kSmokeWords in the arena, which no earlier call was given. An
   // error if none, or a wrong one, came within `timeout_s`.
   const char* (*smoke)(uint64_t* words, int rank, int num_ranks, uint64_t value, double timeout_s);
+
+  // The kernels between nodes, of launch.h. Errors as CUDA has them.
+  cudaError_t (*load_kernels)();
+  cudaError_t (*launch_routing)(const NodeRouting& p, const RankElements& e, const Launch& how);
+  cudaError_t (*launch_dispatch)(const NodeDispatch& p, const RankElements& e, Element x, Wire wire,
+                                 const Launch& how);
+  cudaError_t (*launch_combine)(const NodeCombine& p, const RankElements& e, Element y,
+                                const Launch& how);
 };
 
 // Of one smoke test: the word to send, the word that arrives, its signal, and what was found.

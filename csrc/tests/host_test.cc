@@ -11,6 +11,7 @@
 #include "../layout/control.h"
 #include "../plan/host_plan.h"
 #include "../plan/tiling.h"
+#include "../rdma/layout.h"
 #include "../runtime/sms.h"
 #include "expect.h"
 
@@ -191,6 +192,74 @@ void default_sms_keep_up_with_memory_or_link() {
   }
 }
 
+void ring_fields_do_not_overlap() {
+  for (const auto& [nodes, local] : {std::pair{2, 1}, {2, 8}, {8, 8}, {64, 1}}) {
+    const RingSize size{3, 4096};
+    Field fields[kRingFields];
+    const size_t first = control_layout(nodes * local).total;
+    const RingLayout at = ring_layout(nodes, local, size, first, fields);
+    size_t end = first;
+    for (const Field& f : fields) {
+      EXPECT(f.offset >= end && f.offset % 128 == 0 && f.bytes > 0);
+      end = f.offset + f.bytes;
+    }
+    EXPECT(at.counters == fields[0].offset && at.scalars == fields[kRingFields - 1].offset);
+    EXPECT(at.total >= end && at.slots == 3 && at.slot_bytes == 4096);
+  }
+}
+
+void stamps_tell_messages_apart() {
+  const uint64_t tag = make_tag(5, 77, 0xabcdef);
+  std::set<uint64_t> seen;
+  for (uint64_t number : {0ull, 1ull, 76ull, 0xfffffffeull}) {
+    EXPECT(make_stamp(tag, number) == make_tag(5, number + 1, 0xabcdef));
+    EXPECT(make_credit(tag, number) == make_tag(5, number + 1, 0));
+    EXPECT(seen.insert(make_stamp(tag, number)).second);
+    EXPECT(seen.insert(make_credit(tag, number)).second);
+  }
+}
+
+void messages_fit_their_slots() {
+  for (int T : {1, 2, 100, 256, 257, 4096, 65536}) {
+    for (int K : {1, 8, 32}) {
+      if (T * K > kMaxPairs) continue;
+      const Exchange x{16, 64, T, K, 64, 1, 0};
+      const MessageShape any = dispatch_message(x, 14336, 0, kAnySlot);
+      const size_t most = most_slot_bytes(any);
+      for (size_t slot : {most, most / 2, any.bytes(1), any.bytes(1) - 1}) {
+        const MessageShape m = dispatch_message(x, 14336, 0, slot);
+        if (m.chunk == 0) {
+          EXPECT(any.bytes(ceil_div(T, kMaxChunks)) > slot || slot < most / 2);
+          continue;
+        }
+        EXPECT(m.bytes(m.chunk) <= slot && m.rows_at() % 128 == 0);
+        EXPECT(m.chunk * K <= kMostChunkPairs && m.chunk <= kMostChunkTokens);
+        EXPECT(ceil_div(T, m.chunk) <= kMaxChunks);
+      }
+      EXPECT(any.chunk > 0 && dispatch_message(x, 14336, 0, most).chunk == any.chunk);
+      const MessageShape scaled = dispatch_message(x, 7168, 56, kAnySlot);
+      EXPECT(scaled.row_bytes == 7168 + 224 && combine_message(x, 0, 1024 * 8).chunk > 0);
+    }
+  }
+}
+
+void every_block_has_a_role_between_nodes() {
+  for (int blocks = kLeastDispatchBlocks; blocks <= 200; ++blocks) {
+    for (int local : {1, 2, 8}) {
+      for (int percent : {1, 25, 100}) {
+        const NodeRoles r = split_node_roles(blocks, local, percent);
+        EXPECT(r.wire + r.send + r.forward + r.local == blocks);
+        EXPECT((r.wire >= 1) == (local > 1) && r.send >= 1 && r.forward >= 1 && r.local >= 1);
+      }
+    }
+  }
+  for (int blocks = kLeastCombineBlocks; blocks <= 200; ++blocks) {
+    const CombineRoles r = split_combine_roles(blocks);
+    EXPECT(r.partial + r.gateway + r.reduce == blocks);
+    EXPECT(r.partial >= 1 && r.gateway >= 1 && r.reduce >= 1);
+  }
+}
+
 }  // namespace
 }  // namespace jax_ep
 
@@ -206,6 +275,10 @@ int main() {
   water_filling_matches_the_slow_way();
   host_plan_is_a_bijection();
   default_sms_keep_up_with_memory_or_link();
+  ring_fields_do_not_overlap();
+  stamps_tell_messages_apart();
+  messages_fit_their_slots();
+  every_block_has_a_role_between_nodes();
   std::printf(failures ? "%d failures\n" : "host tests passed\n", failures);
   return failures != 0;
 }

@@ -69,6 +69,13 @@ void exchange(const NodeCase& n, NodeCases& cases, uint64_t seed) {
   w.run();
   each(combined);
   check_bytes(w, c, combine_shape(c, w.slot_bytes()), true);
+  // Plans in a row: only their own hellos keep them apart.
+  each([&](int r) {
+    std::fill(w.gathered[r].begin(), w.gathered[r].end(), -2);
+    for (int i = 0; i < 4; ++i) w.plan(r);
+  });
+  w.run();
+  each([&](int r) { expect_same("choices", r, w.gathered[r].data(), c.topk_idx); });
   each([&](int r) {
     w.poison_results(r);
     for (int i = 0; i < 2; ++i) {

@@ -124,7 +124,7 @@ class World {
   size_t& sent(int from, int to) { return network->sent[{from, to}]; }
 
  private:
-  static constexpr uint64_t kMostTurns = 20'000'000;
+  static constexpr uint64_t kMostTurns = 3'000'000;
 
   EmulatedTransport transport(int r) const { return {network.get(), r}; }
   void launch(int r, const std::string& what, int blocks, int threads, std::function<void()> body) {

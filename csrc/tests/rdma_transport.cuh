@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels' transport over plain addresses of all arenas, for tests on GPUs that reach each
+// other. `adverse`: puts start late, go in two halves in either order, and their signals come late
+// again; so does every other signal. What a put reads after it has returned, the emulation shows.
+#pragma once
+#include "../rdma/transport.cuh"
+
+namespace jax_ep {
+
+struct PeerTransport {
+  char* arena[kMaxRanks];
+  uint32_t adverse;  // 0, or a seed
+
+  __device__ void put_signal(int rank, uint64_t to, const char* from, size_t bytes, uint64_t signal,
+                             uint64_t value) const {
+    const uint32_t luck = dice(static_cast<uint32_t>(value >> 24) * 31 + rank);
+    const size_t half = bytes / 32 * 16;
+    delay(luck);
+    if (luck & 1) {
+      copy(arena[rank] + to, from, 0, half);
+      delay(luck >> 8);
+      copy(arena[rank] + to, from, half, bytes);
+    } else {
+      copy(arena[rank] + to, from, half, bytes);
+      delay(luck >> 8);
+      copy(arena[rank] + to, from, 0, half);
+    }
+    __syncthreads();  // the block's stores before the signal
+    if (threadIdx.x == 0) this->signal(rank, signal, value);
+  }
+  __device__ void signal(int rank, uint64_t at, uint64_t value) const {
+    delay(dice(static_cast<uint32_t>(value >> 24) * 37 + rank));
+    store_release_sys(reinterpret_cast<uint64_t*>(arena[rank] + at), value);
+  }
+  __device__ void receive(const uint64_t*, uint64_t) const {}
+
+ private:
+  __device__ uint32_t dice(uint32_t n) const {
+    uint32_t v = (n + adverse) * 0x9e3779b1u;
+    v ^= v >> 15;
+    return v * 0x85ebca6bu;
+  }
+  __device__ void delay(uint32_t luck) const {
+    if (adverse != 0 && luck % 4 == 0) __nanosleep(luck % 16384);
+  }
+  // `first` is a multiple of 16, the last bytes may be words of 8.
+  __device__ static void copy(char* to, const char* from, size_t first, size_t last) {
+    const size_t vecs = last / sizeof(Vec);
+    for (size_t i = first / sizeof(Vec) + threadIdx.x; i < vecs; i += blockDim.x) {
+      store_row(reinterpret_cast<Vec*>(to) + i,
+                load_arrived(reinterpret_cast<const Vec*>(from) + i));
+    }
+    if (threadIdx.x == 0 && last % sizeof(Vec) != 0) {
+      const size_t i = last / sizeof(uint64_t) - 1;
+      store_relaxed(reinterpret_cast<uint64_t*>(to) + i,
+                    load_relaxed(reinterpret_cast<const uint64_t*>(from) + i));
+    }
+  }
+};
+
+}  // namespace jax_ep

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+// All ranks of a group that spans nodes in one process, on one GPU or several: arenas, arrays,
+// operations. Nodes are only named so: all GPUs reach each other.
+#pragma once
+#include <chrono>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "../rdma/launch.cuh"
+#include "../runtime/group.h"
+#include "node_cases.h"
+#include "rdma_transport.cuh"
+#include "replay.h"
+
+namespace jax_ep {
+
+enum class Step { kPlan, kDispatch, kCombine };
+
+class RdmaWorld {
+ public:
+  // Rank r on device r % devices. Throws std::runtime_error.
+  RdmaWorld(const NodeCase& n, int devices, double timeout_s, uint32_t adverse)
+      : n_(n),
+        c_(n.c),
+        R_(n.c.x.num_ranks),
+        devices_(devices),
+        at_(control_layout(R_)),
+        rings_(ring_layout(n.nodes, c_.ranks_per_node, n.rings, at_.total)) {
+    transport_.adverse = adverse;
+    require(cudaHostAlloc(&records, R_ * sizeof(FaultRecord), cudaHostAllocPortable),
+            "cudaHostAlloc");
+    std::memset(static_cast<void*>(records), 0, R_ * sizeof(FaultRecord));
+    for (int r = 0; r < R_; ++r) {
+      Header header{};
+      header.generation = 1;
+      header.timeout_ns = uint64_t(timeout_s * 1e9);
+      header.record = records + r;
+      transport_.arena[r] = static_cast<char*>(allocate(r, rings_.total, 0));
+      copy_in(transport_.arena[r] + at_.header, &header, sizeof header);
+      cudaStream_t s;
+      require(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking), "cudaStreamCreate");
+      streams_.push_back(s);
+    }
+    for (int r = 0; r < R_; ++r) {
+      Peers p{};
+      p.at = at_;
+      p.rank = r;
+      p.num_ranks = R_;
+      p.node_ranks = c_.ranks_per_node;
+      p.node_first = r / p.node_ranks * p.node_ranks;
+      for (int s = p.node_first; s < p.node_first + p.node_ranks; ++s) {
+        p.control[s] = transport_.arena[s];
+      }
+      peers_.push_back(p);
+      RankArrays arrays{};
+      arrays.for_each(c_, [&](auto*& pointer, size_t count) {
+        pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(
+            allocate(r, count * sizeof(*pointer), 0xff));
+      });
+      a.push_back(arrays);
+      copy_in(arrays.topk_idx, &c_.topk_idx[r * c_.x.num_pairs()], c_.x.num_pairs() * 4);
+      copy_in(arrays.x, c_.rows_in[r].data(), c_.rows_in[r].size());
+      copy_in(arrays.scales, c_.scales_in[r].data(), c_.scales_in[r].size() * 4);
+      copy_in(arrays.scalars, c_.scalars_in[r].data(), c_.scalars_in[r].size() * 4);
+    }
+  }
+  ~RdmaWorld() {
+    graphs_.clear();
+    for (int r = 0; r < R_; ++r) {
+      cudaSetDevice(r % devices_);
+      cudaStreamDestroy(streams_[r]);
+    }
+    for (void* p : memory_) cudaFree(p);
+    cudaFreeHost(records);
+  }
+  RdmaWorld(const RdmaWorld&) = delete;
+  RdmaWorld& operator=(const RdmaWorld&) = delete;
+
+  void issue(int r, Step step) {
+    require(cudaSetDevice(r % devices_), "cudaSetDevice");
+    const Launch how{n_.blocks, streams_[r], 0};
+    if (step == Step::kPlan) {
+      const NodeRouting p = routing_of(c_, a[r], peers_[r], rings_);
+      const PlanParams q = plan_params(c_, a[r], peers_[r]);
+      require(launch_routing_over(p, transport_, how), "launch of routing");
+      require(launch_plan(&q, c_.x, how), "launch of plan");
+    } else if (step == Step::kDispatch) {
+      const Element x = c_.prequantized ? Element::kFp8 : c_.type;
+      const NodeDispatch p = dispatch_of(c_, a[r], peers_[r], rings_);
+      require(launch_dispatch_over(p, transport_, x, c_.wire, how), "launch of dispatch");
+    } else {
+      const NodeCombine p = combine_of(c_, a[r], peers_[r], rings_);
+      require(launch_combine_over(p, transport_, c_.type, how), "launch of combine");
+    }
+  }
+  // Steps of every rank, as plain launches or as a graph of each, captured the first time.
+  void issue_all(const std::vector<Step>& steps, bool as_graph = false) {
+    if (as_graph && graphs_.empty()) {
+      for (int r = 0; r < R_; ++r) {
+        require(cudaSetDevice(r % devices_), "cudaSetDevice");
+        graphs_.push_back(std::make_unique<Replay>(streams_[r], [&] {
+          for (Step step : steps) issue(r, step);
+        }));
+      }
+    }
+    for (int r = 0; r < R_; ++r) {
+      require(cudaSetDevice(r % devices_), "cudaSetDevice");
+      if (as_graph) graphs_[r]->launch(streams_[r]);
+      for (Step step : steps) {
+        if (!as_graph) issue(r, step);
+      }
+    }
+  }
+
+  // Wait until all of it has ended; its seconds. Throws if that takes more than `most_s`, as then
+  // kernels hang.
+  double wait(double most_s) {
+    const auto start = std::chrono::steady_clock::now();
+    auto seconds = [&] {
+      return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    };
+    for (int r = 0; r < R_; ++r) {
+      require(cudaSetDevice(r % devices_), "cudaSetDevice");
+      cudaError_t state;
+      while ((state = cudaStreamQuery(streams_[r])) == cudaErrorNotReady) {
+        if (seconds() > most_s) throw std::runtime_error("rank " + std::to_string(r) + " hangs");
+      }
+      require(state, "a kernel");
+    }
+    return seconds();
+  }
+
+  template <typename T>
+  std::vector<T> host(int r, const T* p, size_t count) const {
+    std::vector<T> h(count);
+    require(cudaSetDevice(r % devices_), "cudaSetDevice");
+    require(cudaMemcpy(h.data(), p, count * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    return h;
+  }
+  static void copy_in(void* to, const void* from, size_t bytes) {
+    require(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  void poison(int r, void* p, size_t bytes) const {
+    require(cudaSetDevice(r % devices_), "cudaSetDevice");
+    require(cudaMemset(p, 0xff, bytes), "cudaMemset");
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+
+  std::vector<RankArrays> a;
+  FaultRecord* records = nullptr;
+
+ private:
+  void* allocate(int r, size_t bytes, int value) {
+    void* p = nullptr;
+    require(cudaSetDevice(r % devices_), "cudaSetDevice");
+    require(cudaMalloc(&p, bytes + 16), "cudaMalloc");
+    memory_.push_back(p);
+    require(cudaMemset(p, value, bytes + 16), "cudaMemset");
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    return p;
+  }
+
+  const NodeCase& n_;
+  const Case& c_;
+  const int R_, devices_;
+  const ControlLayout at_;
+  const RingLayout rings_;
+  PeerTransport transport_{};
+  std::vector<Peers> peers_;
+  std::vector<cudaStream_t> streams_;
+  std::vector<void*> memory_;
+  std::vector<std::unique_ptr<Replay>> graphs_;
+};
+
+// Every device reaches every other; all kernels are loaded. Throws std::runtime_error.
+inline void prepare_devices(int devices) {
+  for (int d = 0; d < devices; ++d) {
+    require(cudaSetDevice(d), "cudaSetDevice");
+    for (int e = 0; e < devices; ++e) {
+      if (d != e) require(cudaDeviceEnablePeerAccess(e, 0), "cudaDeviceEnablePeerAccess");
+    }
+    require(load_plan(), "loading the plan kernel");
+    require(load_kernels_over<PeerTransport>(), "loading the kernels between nodes");
+  }
+}
+
+}  // namespace jax_ep
