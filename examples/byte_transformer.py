@@ -130,10 +130,12 @@ def loss_fn(model: ByteTransformer, text: Array) -> Array:
 
 def train_step(
     model: ByteTransformer, optimizer: nnx.Optimizer, text: Array
-) -> tuple[Array, Array]:
-    """One step on `text [B, S+1]`; returns the loss and the experts' loads `[layers, E]`."""
+) -> tuple[Array, Array, Array]:
+    """One step on `text [B, S+1]`: the loss, loads `[layers, E]` and drops `[layers, R]`."""
     only_params = nnx.DiffState(0, nnx.Param)
     loss, grads = nnx.value_and_grad(loss_fn, argnums=only_params)(model, text)
     optimizer.update(model, grads)
     update_bias(model)
-    return loss, jnp.stack([block.moe.load[...] for block in model.blocks])
+    layers = [block.moe for block in model.blocks]
+    load = jnp.stack([layer.load[...] for layer in layers])
+    return loss, load, jnp.stack([layer.dropped[...] for layer in layers])

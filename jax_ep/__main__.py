@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m jax_ep info`, `demo`, `bench` and `memory`."""
+"""`python -m jax_ep info`, `demo`, `bench`, `memory` and `report`."""
 
 import argparse
 import dataclasses
@@ -25,6 +25,11 @@ def main(argv: list[str] | None = None) -> int:
         "--size", choices=["small", "large"], help="of the model (small on CPUs, large on GPUs)"
     )
     demo.add_argument("--json", metavar="FILE", help="keep losses and loads")
+    demo.add_argument(
+        "--no-report",
+        action="store_true",
+        help="keep no statistics (.npz beside --out) and write no report of them (.html)",
+    )
     bench = commands.add_parser("bench", help="time the operations beside XLA's collectives")
     bench.add_argument(
         "--workload",
@@ -48,6 +53,14 @@ def main(argv: list[str] | None = None) -> int:
     bench.add_argument("--json", metavar="FILE", help="keep the results")
     bench.add_argument("--plot", metavar="FILE", help="a picture of time against SMs and tokens")
     memory = _add_memory(commands)
+    report = commands.add_parser(
+        "report", help="a run's statistics as a page: loads, drops, times, the slow rank"
+    )
+    report.add_argument(
+        "files", nargs="+", metavar="FILE", help="what `Recorder.write` wrote, of each process"
+    )
+    report.add_argument("--out", metavar="PAGE", help="the page (FILE with .html)")
+    report.add_argument("--no-png", action="store_true", help="no pictures beside the page")
     args = parser.parse_args(argv)
     if args.command == "memory":
         return _run_memory(memory, vars(args))
@@ -60,7 +73,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.command == "demo":
         from . import _demo
 
-        return _demo.main(args.seconds, args.steps, args.out, args.size, args.json)
+        return _demo.main(
+            args.seconds, args.steps, args.out, args.size, args.json, not args.no_report
+        )
+    if args.command == "report":
+        from . import _report
+
+        return _report.main(args.files, args.out, not args.no_png)
     from . import _info
 
     return _info.main(args.json)

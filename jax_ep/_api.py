@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public `dispatch` and `combine`."""
 
+import jax
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -10,6 +11,7 @@ from ._types import REMAT_NAMES, Config, Dispatched, Handle, Implementation, Lay
 _PLAN, _DISPATCH, _COMBINE = REMAT_NAMES
 
 
+@jax.named_scope("jax_ep.dispatch")
 def dispatch(
     x: Array | tuple[Array, Array],
     topk_idx: Array,
@@ -138,6 +140,7 @@ def delivered(rows: dict[str, Array], planned, spec: Spec) -> Dispatched:
     )
 
 
+@jax.named_scope("jax_ep.combine")
 def combine(
     y: Array,
     handle: Handle,

@@ -20,8 +20,9 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from . import _demo_text
+from . import _demo_text, _report
 from ._group import initialize
+from ._stats_recorder import Recorder
 
 CRITERION = 0.75  # held-out loss over the text's unigram entropy
 SECONDS = 60.0  # of training; a shorter run is not judged
@@ -67,6 +68,7 @@ def main(
     out: str = "demo.png",
     size: str | None = None,
     json_path: str | None = None,
+    with_report: bool = True,
 ) -> int:
     """Train, report, draw, keep losses if asked; returns the exit status."""
     use_host_devices(os.environ)
@@ -93,7 +95,12 @@ def main(
     batches = Batches(mesh, sizes)
     held_out = [batches.random(text.held_out, seed) for seed in range(32)]
     report.heading(text, unigram, mesh, model, batches.shape)
-    history = train(model, optimizer, batches, text, held_out, report.Progress(seconds, steps))
+    num_experts = _multiple(sizes.num_experts, mesh.size)
+    recorder = Recorder(mesh, num_experts=num_experts, num_layers=sizes.layers, name="jax_ep demo")
+    progress = report.Progress(seconds, steps)
+    history = train(model, optimizer, batches, text, held_out, progress, recorder)
+    if with_report:
+        recorder.write(Path(out).with_suffix(".npz"), replace=True)
 
     ratio = history.held_out[-1][1] / unigram
     judged = steps is None and seconds >= SECONDS
@@ -112,6 +119,9 @@ def main(
         )
         Path(json_path).write_text(json.dumps(facts, indent=1))
     print(f"\nwrote {out}")
+    if with_report:
+        print("statistics: ", end="")
+        _report.main([str(Path(out).with_suffix(".npz"))], None, png=False)
     return int(judged and not passed)
 
 
@@ -142,7 +152,15 @@ def build(mesh: Mesh, sizes: Sizes):
     return model, optimizer
 
 
-def train(model, optimizer, batches: "Batches", text: _demo_text.Text, held_out, progress):
+def train(
+    model,
+    optimizer,
+    batches: "Batches",
+    text: _demo_text.Text,
+    held_out,
+    progress,
+    recorder: Recorder,
+):
     """Steps until the time is up; returns the `History`."""
     from flax import nnx
 
@@ -162,8 +180,9 @@ def train(model, optimizer, batches: "Batches", text: _demo_text.Text, held_out,
     start, trained_s = time.perf_counter(), 0.0
     while not progress.done:
         before = time.perf_counter()
-        loss, load = step(model, optimizer, batches.random(text.train, (history.steps, 1)))
+        loss, load, dropped = step(model, optimizer, batches.random(text.train, (history.steps, 1)))
         history.add(float(loss), np.asarray(load))  # waits for the step
+        recorder.add(load, dropped)
         now = time.perf_counter()
         if history.steps == 1:
             print(f"compiled in {now - before:.0f} s", flush=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public halves of dispatch and combine: `*_start` sends, `*_done` waits and delivers."""
 
+import jax
 from jax import Array
 
 from . import _arguments, _check, _grad, _jax_compat, _view
@@ -8,6 +9,7 @@ from ._api import combined, delivered
 from ._types import Dispatched, Handle, InFlight, Operation, Plan, Spec, Wire
 
 
+@jax.named_scope("jax_ep.dispatch_start")
 def dispatch_start(
     x: Array | tuple[Array, Array], topk_idx: Array, topk_weights: Array | None = None, **options
 ) -> InFlight:
@@ -40,6 +42,7 @@ def dispatch_start(
     return _in_flight("dispatch", ticket, values, (topk_idx,), spec, wire)
 
 
+@jax.named_scope("jax_ep.dispatch_done")
 def dispatch_done(in_flight: InFlight) -> Dispatched:
     """Wait for the rows of a `dispatch_start` and deliver them: the second half of `dispatch`.
 
@@ -64,6 +67,7 @@ def dispatch_done(in_flight: InFlight) -> Dispatched:
     return delivered(rows, planned, spec)
 
 
+@jax.named_scope("jax_ep.combine_start")
 def combine_start(
     y: Array,
     handle: Handle,
@@ -97,6 +101,7 @@ def combine_start(
     return _in_flight("combine", ticket, values, plan.arrays(), spec, wire)
 
 
+@jax.named_scope("jax_ep.combine_done")
 def combine_done(in_flight: InFlight) -> Array:
     """Wait for the sums of a `combine_start` and add them up: the second half of `combine`.
 

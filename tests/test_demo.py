@@ -12,7 +12,7 @@ import sysconfig
 import numpy as np
 import pytest
 
-from jax_ep import _demo, _demo_report, _demo_text
+from jax_ep import _demo, _demo_report, _demo_text, _stats_file
 from jax_ep.__main__ import main
 
 
@@ -87,12 +87,17 @@ def test_a_short_run_from_anywhere(tmp_path):
         "imbalance",
         "layer 1",
         "wrote small.png",
+        "wrote small.html",
     ):
         assert words in run.stdout, run.stdout
     for stage in ("routing", "dispatch", "experts", "combine"):
         assert re.search(rf"^ +{stage} +\d+\.\d\d ms", run.stdout, re.M), run.stdout
     width, height = png_size(tmp_path / "small.png")
     assert width > 800 and height > 800
+    recorded = _stats_file.read(tmp_path / "small.npz")
+    np.testing.assert_array_equal(recorded.load, kept["loads"])
+    assert recorded.header.steps == 3 and not recorded.dropped.any()
+    assert "8 x host devices" in (tmp_path / "small.html").read_text()
 
 
 def compare(ours, theirs):
@@ -170,7 +175,7 @@ def test_a_full_run_is_judged(monkeypatch, tmp_path, capsys, criterion, status):
     monkeypatch.setattr(_demo, "train", lambda *args: history)
     monkeypatch.setattr(_demo, "stage_times", lambda *args: {"routing": 1.0})
     monkeypatch.setattr(_demo_report, "heading", lambda *args: None)
-    assert main(["demo", "--out", str(tmp_path / "x.png")]) == status
+    assert main(["demo", "--no-report", "--out", str(tmp_path / "x.png")]) == status
     verdict = "FAIL" if status else "PASS"
     assert f"criterion: below {criterion}: {verdict}" in capsys.readouterr().out
     png_size(tmp_path / "x.png")

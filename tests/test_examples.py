@@ -151,7 +151,8 @@ def train(num_devices, text):
     losses, loads = [], []
     for batch in text:
         batch = jax.device_put(batch, NamedSharding(mesh, P("expert")))
-        loss, load = step(model, optimizer, batch)
+        loss, load, dropped = step(model, optimizer, batch)
+        assert not dropped.any()
         losses.append(float(loss))
         loads.append(np.asarray(load))
     return losses, loads, nnx.to_pure_dict(nnx.state(model))

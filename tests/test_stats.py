@@ -3,11 +3,13 @@
 
 import dataclasses
 import os
+import re
 
 import jax
 import numpy as np
 import pytest
 from conftest import make_mesh
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -255,6 +257,26 @@ def test_parts_of_processes_merge(run):
         ValueError, match="b: expected statistics of the same model and run as a, with num_experts=16, got num_experts=32"
     ):  # fmt: skip
         _stats_file.merge([of_process(run, 0), of_process(run, 1, num_experts=32)], ["a", "b"])
+
+
+def test_traces_show_the_operations():
+    """Names of scopes, which Perfetto and Nsight show, forward and backward."""
+    mesh = make_mesh((2,))
+
+    def layer(x, idx):
+        d = jax_ep.dispatch(x, idx, num_experts=4)
+        flying = jax_ep.combine_start(lax.stop_gradient(d.tokens), d.handle)
+        return jax_ep.combine(d.tokens, d.handle) + jax_ep.combine_done(flying)
+
+    split = P("expert")
+    on_ranks = jax.shard_map(layer, mesh=mesh, in_specs=split, out_specs=split)
+    x, idx = np.ones((8, 16), np.float32), np.zeros((8, 2), np.int32)
+    lowered = jax.jit(jax.value_and_grad(lambda x: on_ranks(x, idx).sum())).lower(x)
+    text = lowered.as_text(debug_info=True)
+    for scope in ("dispatch", "combine", "combine_done"):  # on xla a start is nothing
+        assert re.search(rf"jax_ep\.{scope}[/)]", text), scope
+    assert "jax_ep.combine/jax_ep_dispatch" in text  # the gradient of combine
+    assert jax_ep.dispatch.__name__ == "dispatch" and "rows arrive" in jax_ep.dispatch.__doc__
 
 
 @pytest.mark.parametrize(
