@@ -9,6 +9,8 @@
     out = jax_ep.combine(y, d.handle, weights=d.weights)
 """
 
+__version__ = "0.1.0"  # first: _ffi compares it with the compiled parts
+
 from . import balance, reference, routing
 from ._api import combine, dispatch
 from ._group import check, finalize, initialize
@@ -17,8 +19,6 @@ from ._layout import num_rows
 from ._stats import Timings, stats
 from ._stats_recorder import Recorder
 from ._types import REMAT_NAMES, Config, Dispatched, Handle, InFlight, Rdma
-
-__version__ = "0.1.0"
 
 __all__ = [
     "REMAT_NAMES",

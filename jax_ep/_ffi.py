@@ -1,34 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one module that imports the compiled extension, which is optional."""
+"""The one module that imports the compiled extension, which is optional.
+
+An installation from source has all of it in `jax_ep`. Of wheels, `jax-ep` has the part without CUDA,
+and `jax-ep-cuda13` or `jax-ep-cuda12` the whole extension, in a package of its own.
+"""
 
 import functools
+import importlib
 import importlib.util
 import pathlib
 from typing import Any
 
 import jax
 
+from jax_ep import __version__
+
 NOT_BUILT = (
     "not built: `pip install` found no working C++ compiler or the build failed (`pip install -v` "
     "shows it), or this checkout was never installed"
 )
+NO_CUDA = (
+    "not in this build, which found no nvcc; wheels have them: "
+    '`pip install "jax-ep[cuda13]"` (or cuda12)'
+)
+CUDA_PARTS = ("jax_ep_cuda13", "jax_ep_cuda12")
 
-_ext: Any
-try:
-    from jax_ep import _ext  # pyright: ignore[reportAttributeAccessIssue]
-except ImportError as error:
-    _ext = None
-    built = importlib.util.find_spec("jax_ep._ext") is not None
-    _missing = f"built but not loadable: {error}" if built else NOT_BUILT
-else:
-    _missing = None
+
+def _load(package: str) -> tuple[Any, str | None]:
+    """The extension in a package, if it has a good one, else what is wrong; neither without one."""
+    if not (importlib.util.find_spec(package) and importlib.util.find_spec(f"{package}._ext")):
+        return None, None
+    try:
+        ext = importlib.import_module(f"{package}._ext")
+    except ImportError as error:
+        return None, f"built but not loadable: {error}"
+    version = ext.build_facts()["version"]
+    if version != __version__:
+        return None, f"expected version {__version__}, as jax-ep has it, got {version}"
+    return ext, None
+
+
+def _choose() -> tuple[Any, tuple[str, ...]]:
+    """The extension to use, with CUDA kernels if any has them; what is missing, a line each."""
+    own, wrong = _load("jax_ep")
+    if hasattr(own, "handlers"):
+        return own, ()
+    missing = []
+    for part in CUDA_PARTS:
+        ext, wrong_part = _load(part)
+        if ext is not None:
+            return ext, tuple(missing)
+        if wrong_part:
+            missing.append(f"{part.replace('_', '-')}: {wrong_part}")
+    if own is None:
+        missing.append(f"compiled extension: {wrong or NOT_BUILT}")
+    return own, (*missing, f"CUDA kernels: {NO_CUDA}")
+
+
+_ext, _missing = _choose()
+
+
+def missing() -> tuple[str, ...]:
+    """What this installation lacks, and why; a line each."""
+    return _missing
 
 
 def build_facts() -> dict:
-    """What the extension says of itself, or why it is missing."""
+    """What the extension says of itself, and the package it is in; or that there is none."""
     if _ext is None:
-        return {"extension": False, "missing": _missing}
-    return {"extension": True, **_ext.build_facts()}
+        return {"extension": False}
+    return {"extension": True, "package": _ext.__package__, **_ext.build_facts()}
 
 
 def has_cuda() -> bool:

@@ -18,19 +18,13 @@ def facts() -> dict:
     import jax_ep
 
     devices = jax.devices()
-    build = _ffi.build_facts()
-    missing = []
-    if not build["extension"]:
-        missing.append(f"compiled extension: {build['missing']}")
-    if not _ffi.has_cuda():
-        missing.append("CUDA kernels: not in this build, which found no nvcc")
     return {
         "jax_ep": jax_ep.__version__,
         "python": platform.python_version(),
         "jax": jax.__version__,
         "jaxlib": metadata.version("jaxlib"),
         "driver": driver(),
-        "build": build,
+        "build": _ffi.build_facts(),
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in devices],
         "implementations": [*(["cuda"] if _ffi.has_cuda() else []), "xla"],
         "control_block": control_block(num_ranks=max(2, len(devices))),
@@ -39,7 +33,7 @@ def facts() -> dict:
         "rdma": rdma(),
         "p2p": p2p(devices),
         "groups": _ffi.describe_groups(),
-        "missing": missing,
+        "missing": _ffi.missing(),
     }
 
 

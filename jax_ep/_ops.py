@@ -76,7 +76,8 @@ def _choose(name: str, platform: str | None, spec: Spec) -> str:
         if spec.implementation is None:
             _warn_once()
             return "xla"
-        missing, valid = "this build has no CUDA kernels", "None, 'xla'"
+        why = "; ".join(_ffi.missing())
+        missing, valid = f"this build has no CUDA kernels ({why})", "None, 'xla'"
     else:
         missing, valid = _cuda.why_not(spec), "'xla'"
     if missing is None:
