@@ -4,6 +4,7 @@
 // the device has recorded is returned as an error.
 #pragma once
 #include "decode.h"
+#include "handler_range.h"
 
 namespace jax_ep {
 
@@ -33,11 +34,14 @@ inline auto bind_exchange() {
       .Attr<int64_t>("num_sms");
 }
 
-// `operation`, which takes stream, Attributes and the rest, as a function of what is bound.
+// `operation`, which takes stream, Attributes and the rest, as a function of what is bound, in a
+// range called `name`.
 template <typename Operation>
-auto with_attributes(Operation* operation) {
-  return [operation](cudaStream_t stream, std::string_view group, int64_t R, int64_t E, int64_t T,
-                     int64_t K, int64_t rows, int64_t A, bool batched, int64_t sms, auto... rest) {
+auto with_attributes(const char* name, Operation* operation) {
+  return [name, operation](cudaStream_t stream, std::string_view group, int64_t R, int64_t E,
+                           int64_t T, int64_t K, int64_t rows, int64_t A, bool batched, int64_t sms,
+                           auto... rest) {
+    const HandlerRange range(name);
     return operation(stream, attributes(group, R, E, T, K, rows, A, batched, sms), rest...);
   };
 }

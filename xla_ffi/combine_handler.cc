@@ -58,7 +58,7 @@ ffi::Error combine(cudaStream_t stream, const Attributes& a, bool has_rows, bool
                   "jax_ep_combine");
 }
 
-XLA_FFI_DEFINE_HANDLER(handler, with_attributes(combine),
+XLA_FFI_DEFINE_HANDLER(handler, with_attributes("jax_ep_combine", combine),
                        bind_exchange()
                            .Attr<bool>("has_rows")
                            .Attr<bool>("has_weights")

@@ -59,7 +59,7 @@ ffi::Error dispatch(cudaStream_t stream, const Attributes& a, int64_t wire, bool
                   "jax_ep_dispatch");
 }
 
-XLA_FFI_DEFINE_HANDLER(handler, with_attributes(dispatch),
+XLA_FFI_DEFINE_HANDLER(handler, with_attributes("jax_ep_dispatch", dispatch),
                        bind_exchange()
                            .Attr<int64_t>("wire")
                            .Attr<bool>("power_of_two")

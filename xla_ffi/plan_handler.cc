@@ -26,7 +26,7 @@ ffi::Error plan(cudaStream_t stream, const Attributes& a, ffi::RemainingArgs arg
   return launched(launch_plan(&p, x, launch_of(a, member, stream)), "jax_ep_plan");
 }
 
-XLA_FFI_DEFINE_HANDLER(handler, with_attributes(plan),
+XLA_FFI_DEFINE_HANDLER(handler, with_attributes("jax_ep_plan", plan),
                        bind_exchange().RemainingArgs().RemainingRets(), kTraits);
 
 }  // namespace

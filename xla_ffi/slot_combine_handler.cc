@@ -58,7 +58,7 @@ ffi::Error slot_combine(cudaStream_t stream, const Attributes& a, int64_t phase,
                   "jax_ep_slot_combine");
 }
 
-XLA_FFI_DEFINE_HANDLER(handler, with_attributes(slot_combine),
+XLA_FFI_DEFINE_HANDLER(handler, with_attributes("jax_ep_slot_combine", slot_combine),
                        bind_exchange()
                            .Attr<int64_t>("phase")
                            .Attr<bool>("has_weights")

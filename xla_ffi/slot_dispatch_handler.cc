@@ -64,7 +64,7 @@ ffi::Error slot_dispatch(cudaStream_t stream, const Attributes& a, int64_t phase
                   "jax_ep_slot_dispatch");
 }
 
-XLA_FFI_DEFINE_HANDLER(handler, with_attributes(slot_dispatch),
+XLA_FFI_DEFINE_HANDLER(handler, with_attributes("jax_ep_slot_dispatch", slot_dispatch),
                        bind_exchange()
                            .Attr<int64_t>("phase")
                            .Attr<int64_t>("wire")
