@@ -1,11 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Words for the 32 lanes of a warp.
+// Words for the 32 lanes of a warp; how many warps a block has that takes a whole SM.
 #pragma once
 #include <cuda_runtime.h>
 
 namespace jax_ep {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
+
+#ifdef JAX_EP_EMULATION  // where each thread costs a stack
+constexpr int kFullBlock = 64;
+#else
+constexpr int kFullBlock = 1024;
+#endif
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 

@@ -8,11 +8,7 @@
 
 namespace jax_ep {
 
-#ifdef JAX_EP_EMULATION  // where each thread costs a stack
-constexpr int kThreads = 64;
-#else
-constexpr int kThreads = 1024;
-#endif
+constexpr int kThreads = kFullBlock;
 constexpr int kWarps = kThreads / 32;
 enum Output { kRows = 0, kScales = 1, kScalars = 2 };
 

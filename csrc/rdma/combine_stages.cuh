@@ -8,11 +8,7 @@
 
 namespace jax_ep {
 
-#ifdef JAX_EP_EMULATION  // where each thread costs a stack
-constexpr int kStageThreads = 64;
-#else
-constexpr int kStageThreads = 1024;
-#endif
+constexpr int kStageThreads = kFullBlock;
 constexpr int kStageWarps = kStageThreads / 32;
 
 // What a lane adds up: Vecs of a row, in float32.

@@ -12,7 +12,8 @@ struct Nvshmem {
 
   __device__ void put_signal(int rank, uint64_t to, const char* from, size_t bytes, uint64_t signal,
                              uint64_t value) const {
-    __threadfence_system();  // what the block has written, for a NIC that the host tells of the put
+    // What the block has written before the barrier, for a NIC that the host tells of the put.
+    if (threadIdx.x == 0) __threadfence_system();
     nvshmemx_putmem_signal_nbi_block(arena + to, from, bytes, word(signal), value,
                                      NVSHMEM_SIGNAL_SET, of.element[rank]);
   }

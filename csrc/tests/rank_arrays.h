@@ -49,6 +49,18 @@ struct RankArrays {
   }
 };
 
+// What rank r sees of the group, whose arenas are at `arenas`: those of its node.
+inline Peers node_peers(const Case& c, int r, char* const* arenas) {
+  Peers p{};
+  p.at = control_layout(c.x.num_ranks);
+  p.rank = r;
+  p.num_ranks = c.x.num_ranks;
+  p.node_ranks = c.ranks_per_node;
+  p.node_first = r / p.node_ranks * p.node_ranks;
+  for (int s = p.node_first; s < p.node_first + p.node_ranks; ++s) p.control[s] = arenas[s];
+  return p;
+}
+
 inline Call call_of(const Peers& peers, Operation o) {
   Call c{};
   c.peers = peers;

@@ -15,6 +15,15 @@
 
 namespace jax_ep {
 
+// In rdma_peers.cu.
+extern template cudaError_t launch_routing_over(const NodeRouting&, const PeerTransport&,
+                                                const Launch&);
+extern template cudaError_t launch_dispatch_over(const NodeDispatch&, const PeerTransport&, Element,
+                                                 Wire, const Launch&);
+extern template cudaError_t launch_combine_over(const NodeCombine&, const PeerTransport&, Element,
+                                                const Launch&);
+extern template cudaError_t load_kernels_over<PeerTransport>();
+
 enum class Step { kPlan, kDispatch, kCombine };
 
 class RdmaWorld {
@@ -43,16 +52,7 @@ class RdmaWorld {
       streams_.push_back(s);
     }
     for (int r = 0; r < R_; ++r) {
-      Peers p{};
-      p.at = at_;
-      p.rank = r;
-      p.num_ranks = R_;
-      p.node_ranks = c_.ranks_per_node;
-      p.node_first = r / p.node_ranks * p.node_ranks;
-      for (int s = p.node_first; s < p.node_first + p.node_ranks; ++s) {
-        p.control[s] = transport_.arena[s];
-      }
-      peers_.push_back(p);
+      peers_.push_back(node_peers(c_, r, transport_.arena));
       RankArrays arrays{};
       arrays.for_each(c_, [&](auto*& pointer, size_t count) {
         pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(

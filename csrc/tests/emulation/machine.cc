@@ -18,7 +18,8 @@ constexpr int kLanes = 32;
 constexpr size_t kStack = 128 * 1024;
 constexpr uint64_t kTurn = 500;  // ns
 constexpr int kMostPasses = 24;  // of a block's warps in one turn
-constexpr int kTurnsBetweenMoods = 400;
+constexpr int kTurnsBetweenMoods = 2000;
+constexpr int kLongestDoze = 40;  // turns
 
 struct Warp {
   uint64_t in[kLanes], out[kLanes];
@@ -64,6 +65,8 @@ class Block {
     sem_wait(&back_);
   }
   bool ended() const { return left_ == 0; }
+  // Whether all that ran in the last turn waits.
+  bool idle() const { return idle_; }
   std::string name() const { return name_ + " block " + std::to_string(index_.x); }
 
   // By a fiber of this block.
@@ -98,6 +101,7 @@ class Block {
 
   const int stream;
   bool slow = false;
+  int doze = 0;  // turns until it looks again whether it must still wait
   Machine& machine_;
   Index index_, size_, grid_;
   Fiber* running_ = nullptr;
@@ -245,8 +249,10 @@ void Machine::run(const std::function<void()>& between, uint64_t most_turns) {
     const size_t at = random_() % blocks_.size();
     time += kTurn;
     between();
+    if (blocks_[at]->doze > 0 && --blocks_[at]->doze > 0) continue;
     if (blocks_[at]->slow && !chance(0.02)) continue;
     blocks_[at]->take_turn();
+    if (blocks_[at]->idle()) blocks_[at]->doze = below(kLongestDoze);
     if (!blocks_[at]->ended()) continue;
     const int stream = blocks_[at]->stream;
     std::swap(blocks_[at], blocks_.back());

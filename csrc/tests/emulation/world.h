@@ -64,14 +64,7 @@ class World {
       header.generation = 1;
       header.timeout_ns = uint64_t(timeout_ms * 1e6);
       header.record = &records[r];
-      Peers p{};
-      p.at = at_;
-      p.rank = r;
-      p.num_ranks = R_;
-      p.node_ranks = c_.ranks_per_node;
-      p.node_first = r / p.node_ranks * p.node_ranks;
-      for (int s = p.node_first; s < p.node_first + p.node_ranks; ++s) p.control[s] = bases[s];
-      peers_.push_back(p);
+      peers_.push_back(node_peers(c_, r, bases.data()));
       a.push_back(arrays(r));
     }
   }
