@@ -27,10 +27,8 @@ inline void check_dispatch(const Case& c, const HostPlan& plan, int r, const cha
   if (c.weights) expect_same("weights", r, weights, want.scalars);
 }
 
-inline void check_combine(const Case& c, const HostPlan& plan, const Results& results, int r,
-                          const char* out, const float* scalars) {
-  expect_same("combined", r, out, host_combine(c, plan, results.y, results.weights, r));
-  if (!c.weights) return;
+inline void check_scalars(const Case& c, const HostPlan& plan, const Results& results, int r,
+                          const float* scalars) {
   const size_t pairs = c.x.num_pairs();
   std::vector<float> want;
   for (size_t pair = r * pairs; pair < (r + 1) * pairs; ++pair) {
@@ -38,6 +36,12 @@ inline void check_combine(const Case& c, const HostPlan& plan, const Results& re
     want.push_back(row < 0 ? 0.0f : results.weights[plan.pair_rank[pair]][row]);
   }
   expect_same("scalars", r, scalars, want);
+}
+
+inline void check_combine(const Case& c, const HostPlan& plan, const Results& results, int r,
+                          const char* out, const float* scalars) {
+  expect_same("combined", r, out, host_combine(c, plan, results.y, results.weights, r));
+  if (c.weights) check_scalars(c, plan, results, r, scalars);
 }
 
 inline void check_no_fault(const FaultRecord& f) {

@@ -78,6 +78,16 @@ void exchange(const NodeCase& n, NodeCases& cases, uint64_t seed) {
   each([&](int r) { expect_same("choices", r, w.gathered[r].data(), c.topk_idx); });
   each([&](int r) {
     w.poison_results(r);
+    w.combine_scalars(r);
+  });
+  w.run();
+  each([&](int r) {
+    const size_t row = c.hidden * size_of(c.type);
+    if (c.weights) check_scalars(c, w.host(), results, r, w.a[r].scalars_out);
+    expect_same("nothing", r, w.a[r].out, Bytes(c.x.num_tokens * row, char(0xff)));
+  });
+  each([&](int r) {
+    w.poison_results(r);
     for (int i = 0; i < 2; ++i) {
       w.combine(r);
       w.plan(r);

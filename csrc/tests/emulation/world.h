@@ -92,10 +92,14 @@ class World {
   void combine(int r, bool other = false) {
     Over<NodeCombine> p{combine_of(c_, a[r], peers_[r], rings_), transport(r)};
     p.combine.call.signature += other;
-    by_type([&](auto type) {
-      launch(r, "combine", std::max(n_.blocks - 1, kLeastCombineBlocks), kStageThreads,
-             [p] { combine_between_nodes<decltype(type)>(p); });
-    });
+    combine_as(r, p);
+  }
+  // Scalars alone come back, as when only weights have a gradient.
+  void combine_scalars(int r) {
+    Over<NodeCombine> p{combine_of(c_, a[r], peers_[r], rings_), transport(r)};
+    p.combine.y = nullptr;
+    p.shape = combine_message(c_.x, 0, rings_.slot_bytes);
+    combine_as(r, p);
   }
 
   // Ones, as at first.
@@ -103,6 +107,7 @@ class World {
     const size_t rows = c_.x.num_rows, tokens = c_.x.num_tokens;
     std::memset(a[r].rows, 0xff, rows * row_bytes_of(c_));
     std::memset(a[r].out, 0xff, tokens * c_.hidden * size_of(c_.type));
+    std::fill_n(a[r].scalars_out, c_.x.num_pairs(), 7.0f);
   }
 
   // Run what has been issued.
@@ -134,6 +139,13 @@ class World {
     launch(r, "dispatch", n_.blocks, kThreads, [this, p] {
       static thread_local std::vector<float> held(kWarps * (c_.hidden / kScaleBlock));
       dispatch_between_nodes<W, T>(p, held.data());
+    });
+  }
+
+  void combine_as(int r, const Over<NodeCombine>& p) {
+    by_type([&](auto type) {
+      launch(r, "combine", std::max(n_.blocks - 1, kLeastCombineBlocks), kStageThreads,
+             [p] { combine_between_nodes<decltype(type)>(p); });
     });
   }
 
