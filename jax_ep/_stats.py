@@ -113,6 +113,6 @@ def _joined(parts: list[Timings]) -> Timings:
     columns["waits_ns"] = [
         np.pad(waits, ((0, 0), (0, ranks - waits.shape[1]))) for waits in columns["waits_ns"]
     ]
-    empty = {name: np.zeros(0, np.int64) for name in columns}
+    empty: dict[str, np.ndarray] = {name: np.zeros(0, np.int64) for name in columns}
     empty["waits_ns"] = np.zeros((0, 0), np.int64)
     return Timings(**{n: np.concatenate(c) if c else empty[n] for n, c in columns.items()})

@@ -6,6 +6,7 @@ import datetime
 import math
 import os
 from importlib import metadata
+from typing import Any
 
 import jax
 import numpy as np
@@ -197,8 +198,8 @@ class Recorder:
         n = np.array([self._device[device] for device in timings.device], int)
         phases = (timings.wait_ns, timings.push_ns, timings.work_ns, timings.total_ns)
         for phase, ns in enumerate(phases):
-            at = (timings.operation, phase, n, _stats_file.bucket(ns))
-            np.add.at(self._sums["durations"], at, 1)
+            counts = self._sums["durations"][:, phase]
+            np.add.at(counts, (timings.operation, n, _stats_file.bucket(ns)), 1)
         waits = timings.waits_ns[:, : self._header.num_ranks]
         np.add.at(self._sums["waits"], (timings.operation, n), waits)
         np.maximum.at(self._sums["longest"], (timings.operation, n), waits)
@@ -242,8 +243,8 @@ def _checked(name: str, array, shape: tuple[int, ...]):
     return array
 
 
-def _is_there(array) -> bool:
-    return not isinstance(array, jax.Array) or array.is_ready()
+def _is_there(array: Any) -> bool:
+    return isinstance(array, np.ndarray) or array.is_ready()
 
 
 def _on_host(array) -> np.ndarray:
