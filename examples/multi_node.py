@@ -28,7 +28,7 @@ import jax_ep
 
 def main(argv: list[str] | None = None) -> int:
     """Run it as this process's part; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train a MoE layer on several hosts.")
     for name, default, what in (
         ("tokens", 1024, "of each rank"),
         ("hidden", 1024, "channels"),
@@ -79,8 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         out = jax_ep.combine(y, d.handle, weights=d.weights)
         return jnp.mean((out - 2 * x) ** 2).reshape(1)
 
-    on_ranks = dict(mesh=mesh, in_specs=(P("expert"), P()), out_specs=P("expert"))
-    errors = jax.jit(jax.shard_map(echo, **on_ranks), out_shardings=split)(x, router)
+    echoes = jax.shard_map(echo, mesh=mesh, in_specs=(P("expert"), P()), out_specs=P("expert"))
+    errors = jax.jit(echoes, out_shardings=split)(x, router)
     worst = float(jax.jit(jnp.max, out_shardings=whole)(errors))
     say(f"tokens come back within {worst:.1e}")
 

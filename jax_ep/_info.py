@@ -2,6 +2,7 @@
 """`python -m jax_ep info`: versions, devices, and what this installation can do."""
 
 import json
+import os
 import pathlib
 import platform
 import re
@@ -74,7 +75,8 @@ def default_sms(devices: list) -> list[str]:
 def rdma() -> list[str]:
     """What groups that span nodes would run on here: library, NVSHMEM, NICs. Starts nothing."""
     nics = [f"NIC {nic}" for nic in _nics.nics()] or ["no RDMA NIC"]
-    return [*_rdma_library.describe(), *nics, *_nics.gpu_access()]
+    variables = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("NVSHMEM_")]
+    return [*_rdma_library.describe(), *nics, *_nics.gpu_access(), *variables]
 
 
 def p2p(devices: list) -> list[str]:

@@ -41,7 +41,7 @@ class World:
     direct: tuple[bool, ...]  # whether this GPU addresses each rank's arena, or reaches it by puts
 
     def describe(self) -> list[str]:
-        """What `python -m jax_ep info` and the log say of it."""
+        """What the log says of it: one line of sizes, one of variables."""
         near = sum(self.direct)
         return [
             f"NVSHMEM {'.'.join(map(str, self.library.found))}, rank {self.rank} of "
@@ -174,22 +174,27 @@ def _agree_to_start(
     names: dict[int, str],
 ) -> _rdma_library.Library:
     """Check every process before anybody starts; raise the same error in all."""
-    here = _rdma_checks.look(mine, variables)
     num_hosts = len({hosts[p] for p in names})
-    found = _rdma_checks.problems(
-        here, rdma, len(names), num_hosts, may_be_bootstrapped=_State.last is not None
-    )
+    library = None
+    try:
+        here = _rdma_checks.look(mine, variables)
+        library = here.library
+        found = _rdma_checks.problems(
+            here, rdma, len(names), num_hosts, may_be_bootstrapped=_State.last is not None
+        )
+    except Exception as error:  # others wait for this process's word
+        found = [f"{type(error).__name__}: {error}"]
     if _State.abandoned:
         found.append(f"expected a new process, as NVSHMEM was left behind: {_State.abandoned}")
     alike = {
         "Config.rdma": repr(rdma),
-        "NVSHMEM": ".".join(map(str, here.library.found[:2])) if here.library else "",
+        "NVSHMEM": ".".join(map(str, library.found[:2])) if library else "",
     }
     said = _exchange("checks", devices, {"problems": found, "alike": alike})
     _rdma_checks.raise_if_any({names[p]: said[p]["problems"] for p in said})
     _rdma_checks.raise_if_any(_rdma_checks.differing({names[p]: said[p]["alike"] for p in said}))
-    assert here.library is not None  # else there was a problem
-    return here.library
+    assert library is not None  # else there was a problem
+    return library
 
 
 def _exchange(step: str, devices: list[Device], facts: dict) -> dict[int, dict]:

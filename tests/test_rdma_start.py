@@ -80,7 +80,8 @@ class Nvshmem:
 class Ranks:
     """Three processes on two hosts, one GPU each."""
 
-    def __init__(self):
+    def __init__(self, step_timeout_s):
+        self.step_timeout_s = step_timeout_s
         self.store = Store(3)
         self.devices = [
             types.SimpleNamespace(process_index=r, local_hardware_id=0) for r in range(3)
@@ -95,7 +96,7 @@ class Ranks:
         spec = importlib.util.find_spec("jax_ep._rdma")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.STEP_TIMEOUT_S = 0.4
+        module.STEP_TIMEOUT_S = self.step_timeout_s
         module.Meeting = self.store.meeting(rank)
         module.os = types.SimpleNamespace(environ=self.environments[rank])
         module.jax = types.SimpleNamespace(process_index=lambda: rank, devices=lambda: self.devices)
@@ -123,7 +124,7 @@ class Ranks:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(10)
+            thread.join(30)
             assert not thread.is_alive(), "a rank hangs"
         return outcomes
 
@@ -133,7 +134,12 @@ class Ranks:
 
 @pytest.fixture
 def ranks():
-    return Ranks()
+    return Ranks(step_timeout_s=20.0)
+
+
+@pytest.fixture
+def hasty_ranks():
+    return Ranks(step_timeout_s=1.0)
 
 
 def test_start_and_stop(ranks):
@@ -190,16 +196,16 @@ def test_a_failure_of_one_rank_is_everybodys(ranks, step, said):
         assert "expected a new process" in str(error) and f"could not be {said}" in str(error)
 
 
-def test_a_rank_that_hangs_is_named(ranks):
-    ranks.nvshmem[2].wrong["allocate"] = lambda: time.sleep(2)
-    errors = ranks.start()
+def test_a_rank_that_hangs_is_named(hasty_ranks):
+    hasty_ranks.nvshmem[2].wrong["allocate"] = lambda: time.sleep(3)
+    errors = hasty_ranks.start()
     assert all("process 2 on b: NVSHMEM (allocated): expected an end" in str(e) for e in errors)
 
 
-def test_stop_leaves_nvshmem_when_a_rank_is_gone(ranks, caplog):
-    ranks.start()
-    ranks.together(lambda r, m: m.stop() if r else None)
-    assert [n.called[-1] for n in ranks.nvshmem] == ["peer"] * 3  # nobody called stop
+def test_stop_leaves_nvshmem_when_a_rank_is_gone(hasty_ranks, caplog):
+    hasty_ranks.start()
+    hasty_ranks.together(lambda r, m: m.stop() if r else None)
+    assert [n.called[-1] for n in hasty_ranks.nvshmem] == ["peer"] * 3  # nobody called stop
     assert "NVSHMEM was not stopped: expected all of the processes [0, 1, 2]" in caplog.text
 
 
@@ -207,4 +213,4 @@ def test_stop_after_a_failure_does_not_wait(ranks):
     ranks.start()
     began = time.monotonic()
     ranks.modules[0].stop(dead="rank 1 gave up on rank 2")
-    assert time.monotonic() - began < 0.2 and ranks.nvshmem[0].called[-1] == "peer"
+    assert time.monotonic() - began < 10 and ranks.nvshmem[0].called[-1] == "peer"
