@@ -3,7 +3,6 @@
 
 import dataclasses
 import os
-import resource
 import shutil
 
 from . import _ffi, _nics, _rdma_environment, _rdma_library
@@ -35,6 +34,8 @@ def look(devices: list[int], variables: dict[str, str]) -> Here:
         library, missing = _rdma_library.open_library(), ""
     except RuntimeError as error:
         library, missing = None, str(error)
+    import resource  # not on every platform
+
     ext = _ffi.rdma()
     shm = "/dev/shm"
     return Here(
