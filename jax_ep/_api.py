@@ -70,6 +70,19 @@ def dispatch(
         TypeError, ValueError: while tracing, naming the argument, with expected and got.
 
     Source: the row order is that of MegaBlocks (Gale et al. 2022) with DeepEP's exchange.
+
+    Example:
+        >>> mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> @jax.jit
+        ... @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+        ... def exchange(x, idx):
+        ...     d = jax_ep.dispatch(x, idx, num_experts=4)
+        ...     return d.group_sizes, jax_ep.combine(d.tokens, d.handle)
+        >>> x = jnp.arange(6.0)[:, None]  # 3 tokens on each of 2 ranks
+        >>> idx = jnp.array([[0], [3], [0], [2], [-1], [3]])
+        >>> sizes, out = exchange(x, idx)
+        >>> sizes.tolist(), out[:, 0].tolist()  # token 4 chose nobody
+        ([2, 0, 1, 2], [0.0, 1.0, 2.0, 3.0, 0.0, 5.0])
     """
     values, topk_idx, spec, wire = _arguments.dispatch(
         x,
@@ -173,6 +186,18 @@ def combine(
 
     Raises:
         TypeError, ValueError: while tracing, naming the argument, with expected and got.
+
+    Example:
+        >>> mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> @jax.jit
+        ... @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+        ... def mixture(x, idx, weights):
+        ...     d = jax_ep.dispatch(x, idx, weights, num_experts=4)
+        ...     y = 10.0 * d.tokens  # what the experts make of their rows
+        ...     return jax_ep.combine(y, d.handle, weights=d.weights)
+        >>> idx, weights = jnp.array([[0, 3], [1, 2]]), jnp.array([[0.75, 0.25], [0.5, 0.25]])
+        >>> mixture(jnp.array([[1.0], [2.0]]), idx, weights).tolist()
+        [[10.0], [15.0]]
     """
     values, plan, spec, wire = _arguments.combine(
         y, handle, weights, wire_dtype=wire_dtype, scale_format=scale_format

@@ -56,6 +56,9 @@ def initialize(
         ValueError: an unknown axis; a timeout that is not positive; a mesh of the same axes and
             sizes but another order of devices than an earlier one; slots of another size; ranks
             that do not form nodes of one size, side by side.
+
+    Example:
+        >>> jax_ep.initialize(jax.make_mesh((2,), ("expert",)))
     """
     if not isinstance(mesh, Mesh):
         raise TypeError(f"mesh: expected a jax.sharding.Mesh, got {type(mesh).__name__}")

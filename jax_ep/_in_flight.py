@@ -35,6 +35,19 @@ def dispatch_start(
             when lowering for CUDA, a batch too large for it.
         RuntimeError: on CUDA when it runs, from the call or from `check`: a start before the done
             of the one before.
+
+    Example:
+        >>> mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> @jax.jit
+        ... @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+        ... def exchange(x, idx):
+        ...     sent = jax_ep.dispatch_start(x, idx, num_experts=4)
+        ...     beside = jnp.sin(x)  # while rows travel
+        ...     d = jax_ep.dispatch_done(sent)
+        ...     sums = jax_ep.combine_start(d.tokens, d.handle)
+        ...     return jax_ep.combine_done(sums), beside
+        >>> exchange(jnp.array([[1.0], [2.0]]), jnp.array([[3], [0]]))[0].tolist()
+        [[1.0], [2.0]]
     """
     values, topk_idx, spec, wire = _arguments.dispatch(x, topk_idx, topk_weights, **options)
     values = _grad.forward_only("dispatch_start", values)

@@ -34,6 +34,12 @@ def num_rows(
 
     Raises:
         ValueError: for sizes out of range, both bounds at once, or a capacity below the alignment.
+
+    Example:
+        >>> jax_ep.num_rows(4096, 8, num_experts=256, num_ranks=8)  # every pair may come here
+        262144
+        >>> jax_ep.num_rows(4096, 8, num_experts=256, num_ranks=8, capacity_factor=1.25)
+        40960
     """
     for name, value, least in (
         ("num_tokens", num_tokens, 0),

@@ -61,6 +61,11 @@ def placement(
 
     Raises:
         TypeError, ValueError: naming the argument, with expected and got.
+
+    Example:
+        >>> p = jax_ep.balance.placement([0, 1, 0, 2], num_experts=3, num_ranks=2)
+        >>> p.replicas.tolist(), p.slots.tolist()
+        ([2, 1, 1], [[0, 2], [1, -1], [3, -1]])
     """
     experts = np.asarray(experts)
     if not np.issubdtype(experts.dtype, np.integer):
@@ -111,6 +116,10 @@ def round_robin(
 
     Raises:
         ValueError: for sizes that do not fit.
+
+    Example:
+        >>> jax_ep.balance.round_robin(3, num_slots=4, num_ranks=2).experts.tolist()
+        [0, 1, 2, 0]
     """
     check_sizes(num_experts, num_slots, num_ranks)
     experts = np.arange(num_slots) % num_experts

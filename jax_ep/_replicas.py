@@ -49,6 +49,17 @@ def move(
 
     Raises:
         TypeError, ValueError: while tracing, naming the argument, with expected and got.
+
+    Example:
+        >>> old = jax_ep.balance.round_robin(2, num_slots=2, num_ranks=2)
+        >>> new = jax_ep.balance.placement([1, 0], num_experts=2, num_ranks=2)
+        >>> mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> @jax.jit
+        ... @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+        ... def moved(weights):
+        ...     return jax_ep.balance.move(weights, old, new)
+        >>> moved(jnp.array([[1.0], [2.0]])).tolist()
+        [[2.0], [1.0]]
     """
     size = _fits("old", old, axis_name)
     _fits("new", new, axis_name)
@@ -107,6 +118,16 @@ def sum_replica_gradients(
 
     Raises:
         TypeError, ValueError: while tracing, naming the argument, with expected and got.
+
+    Example:
+        >>> placement = jax_ep.balance.placement([0, 1, 0, 2], num_experts=3, num_ranks=2)
+        >>> mesh = jax.make_mesh((2,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+        >>> @jax.jit
+        ... @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+        ... def summed(grads):
+        ...     return jax_ep.balance.sum_replica_gradients(grads, placement)
+        >>> summed(jnp.array([[1.0], [2.0], [3.0], [4.0]])).tolist()
+        [[4.0], [2.0], [4.0], [4.0]]
     """
     size = _fits("placement", placement, axis_name)
     extra = placement.num_slots - placement.num_experts

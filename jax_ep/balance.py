@@ -64,6 +64,11 @@ def solve(
         ValueError: for loads or sizes that do not fit, naming the argument, expected and got.
 
     Source: DeepSeek's EPLB (2025) for replication and greedy packing; the swaps are ours.
+
+    Example:
+        >>> p = jax_ep.balance.solve([90, 30, 30, 10], num_slots=6, num_ranks=2)
+        >>> p.replicas.tolist(), jax_ep.balance.rank_loads([90, 30, 30, 10], p).tolist()
+        ([3, 1, 1, 1], [90.0, 70.0])
     """
     every = _checked_loads(loads)
     num_experts = every.shape[-1]
@@ -106,6 +111,11 @@ def rank_loads(loads, placement: Placement) -> np.ndarray:
 
     Raises:
         ValueError: for loads of another shape, not finite, or negative.
+
+    Example:
+        >>> p = jax_ep.balance.placement([0, 1, 0, 2], num_experts=3, num_ranks=2)
+        >>> jax_ep.balance.rank_loads([8, 1, 3], p).tolist()
+        [5.0, 7.0]
     """
     every = _checked_loads(loads)
     if every.shape != placement.replicas.shape:
@@ -125,6 +135,11 @@ def imbalance(loads, placement: Placement) -> np.ndarray:
 
     Raises:
         ValueError: as `rank_loads`.
+
+    Example:
+        >>> p = jax_ep.balance.round_robin(4, num_slots=4, num_ranks=2)
+        >>> float(jax_ep.balance.imbalance([3, 3, 1, 1], p))
+        1.5
     """
     ranks = rank_loads(loads, placement)
     mean = ranks.mean(-1)

@@ -41,6 +41,11 @@ def top_k(
         TypeError, ValueError: naming the argument, with expected and got.
 
     Source: GShard (Lepikhin et al. 2020); sigmoid scores as in DeepSeek-V3 (2024).
+
+    Example:
+        >>> weights, idx = jax_ep.routing.top_k(jnp.log(jnp.array([[1.0, 6.0, 3.0]])), 2)
+        >>> print(idx, np.asarray(weights).round(2))
+        [[1 2]] [[0.67 0.33]]
     """
     scores, biased = _scores(logits, k, score, bias)
     return _select(scores, biased, k, normalize, scale)
@@ -79,6 +84,12 @@ def group_limited_top_k(
         TypeError, ValueError: naming the argument, with expected and got.
 
     Source: DeepSeek-V3 technical report (2024), section 2.1.2, and its published gate.
+
+    Example:
+        >>> logits = jnp.array([[9.0, 0.0, 5.0, 5.0]])  # groups (0, 1) and (2, 3)
+        >>> _, idx = jax_ep.routing.group_limited_top_k(logits, 2, num_groups=2, topk_groups=1)
+        >>> idx.tolist()
+        [[2, 3]]
     """
     scores, biased = _scores(logits, k, score, bias)
     num_experts = scores.shape[-1]
@@ -115,6 +126,10 @@ def update_bias(bias: Array, load: Array, *, rate: float = 1e-3) -> Array:
         ValueError: for shapes that differ.
 
     Source: Wang et al. 2024, "Auxiliary-loss-free load balancing strategy for MoE".
+
+    Example:
+        >>> jax_ep.routing.update_bias(jnp.zeros(3), jnp.array([10, 4, 1]), rate=0.5).tolist()
+        [-0.5, 0.5, 0.5]
     """
     if bias.shape != load.shape or bias.ndim != 1:
         raise ValueError(f"load: expected the shape of bias {bias.shape} = [E], got {load.shape}")
@@ -135,6 +150,10 @@ def max_violation(load: Array) -> Array:
         [...] float32; 0 where there is no load.
 
     Source: Wang et al. 2024, "Auxiliary-loss-free load balancing strategy for MoE".
+
+    Example:
+        >>> float(jax_ep.routing.max_violation(jnp.array([6, 2, 2, 2])))
+        1.0
     """
     load = jnp.asarray(load, jnp.float32)
     mean = load.mean(-1)
@@ -151,6 +170,10 @@ def load_entropy(load: Array) -> Array:
 
     Returns:
         [...] float32: 1 for equal loads, 0 for one expert with all; 1 where there is no load.
+
+    Example:
+        >>> jax_ep.routing.load_entropy(jnp.array([[3, 3, 3], [9, 0, 0]])).tolist()
+        [1.0, 0.0]
     """
     load = jnp.asarray(load, jnp.float32)
     total = load.sum(-1, keepdims=True)
@@ -174,6 +197,10 @@ def expert_load(topk_idx: Array, num_experts: int, axis_name=None) -> Array:
 
     Raises:
         TypeError: topk_idx is not integer.
+
+    Example:
+        >>> jax_ep.routing.expert_load(jnp.array([[0, 2], [2, -1]]), 3).tolist()
+        [1, 0, 2]
     """
     topk_idx = _check.array("topk_idx", topk_idx, kind=jnp.integer).reshape(-1)
     named = (topk_idx >= 0) & (topk_idx < num_experts)
@@ -213,6 +240,11 @@ def place(
 
     Raises:
         TypeError, ValueError: naming the argument, with expected and got.
+
+    Example:
+        >>> placement = jax_ep.balance.placement([0, 0, 1, 2], num_experts=3, num_ranks=2)
+        >>> jax_ep.routing.place(jnp.array([[0], [0], [1], [0]]), placement).tolist()
+        [[0], [1], [2], [0]]
     """
     topk_idx = _check.array("topk_idx", topk_idx, kind=jnp.integer)
     _check.one_of("spread", spread, ("even", "token"))
