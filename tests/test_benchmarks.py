@@ -3,6 +3,7 @@
 
 import dataclasses
 import importlib.util
+import json
 import pathlib
 
 import jax
@@ -66,3 +67,16 @@ def test_decode_steps_find_what_is_wrong(decode_steps, monkeypatch):
 
     monkeypatch.setattr(decode_steps, "exchange", spoilt)
     assert wrong_of_six_steps(decode_steps, "halves") == (12, 12)  # every step, on both ranks
+
+
+def test_the_picture_shows_the_kept_results(tmp_path):
+    plots = load("plots")
+    files = [BENCHMARKS / "results" / f"{name}_2xH100.json" for name in ("exchange", "decode")]
+    exchange, decode = (json.loads(file.read_text()) for file in files)
+    plots.draw(exchange, decode, tmp_path / "drawn.svg")
+    kept = BENCHMARKS.parent / "docs" / "performance.svg"
+    for picture in (tmp_path / "drawn.svg", kept):
+        for workload in ("prefill", "training"):
+            for row in plots.BARS:
+                figure = f">{exchange['results'][workload][row]['median_us']:.0f}</text>"
+                assert figure in picture.read_text(), (picture, workload, row)
