@@ -7,6 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 what=$1 python=${2:-python3}
 export NPROC=${NPROC:-64}
+export PIP_COMPILE=0  # bytecode, most of which is never used: Python makes it at the first import
 
 supported() { "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
