@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs/performance.svg"))
     files = [
-        json.loads((RESULTS / f"{name}_2xH100.json").read_text()) for name in ("exchange", "decode")
+        json.loads((RESULTS / f"{name}_2xH200.json").read_text()) for name in ("exchange", "decode")
     ]
     draw(*files, parser.parse_args().out)
 
