@@ -2,17 +2,20 @@
 // combine between nodes: a partial sum crosses the network once for each node that has a token's
 // rows.
 //
-//   partial blocks of rank (d, j)        gateway blocks of rank (d, l)          reduce blocks of
-//   per (chunk, source (n, l)):          per (chunk, source node n):            rank (n, l), per
-//   chunk:
-//     await room   <----emptied------      await the L partials                   await the N
-//     messages my rows of each token, added,        each token's, added in rank order,     each
-//     token's, added rounded                              rounded                                in
-//     node order,
-//       -> partials[j] of (d, l)           await room   <------credit------       rounded once ->
-//       out
-//     filled --------------------->          -> send slot --put, signal-->        credit -> (d, l)
-//                                          emptied -> each (d, j)
+//   partial blocks of rank (d, j), per (chunk, source (n, l)):
+//     await room in the ring to (d, l)                <-- emptied --   (d, l)
+//     my rows of each token, added, rounded  -> partials[j] of (d, l)
+//     filled                                                     -->   (d, l)
+//   gateway blocks of rank (d, l), per (chunk, source node n):
+//     await the L partials; await room in the ring to (n, l)
+//                                                     <-- credit ---   (n, l)
+//     each token's, added in rank order, rounded  -> send slot
+//     emptied                                                    -->   each (d, j)
+//     put, signal                                                -->   (n, l)
+//   reduce blocks of rank (n, l), per chunk:
+//     await the N messages
+//     each token's, added in node order, rounded once  -> out
+//     credit                                                     -->   each (d, l)
 //
 // Everything goes this way, a rank's own rows and those of the own node too; the own node's message
 // is written where a message of another node would arrive. Only memory of the library is written by

@@ -5,9 +5,8 @@
 //
 //   struct Transport {
 //     // By all threads of a block, after a block barrier: `bytes` at `from`, in my arena, to
-//     offset
-//     // `to` of `rank`; then `value` to its word at offset `signal`. Returns before that: `from`
-//     // must stay as it is until the receiver has answered the signal.
+//     // offset `to` of `rank`; then `value` to its word at offset `signal`. Returns before that:
+//     // `from` must stay as it is until the receiver has answered the signal.
 //     void put_signal(int rank, uint64_t to, const char* from, size_t bytes, uint64_t signal,
 //                     uint64_t value) const;
 //     // By one thread: `value` to the word at offset `signal` of `rank`. What this thread has read
