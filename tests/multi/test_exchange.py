@@ -111,8 +111,10 @@ def test_every_operation(view, dtype, options):
             dict(wire_dtype=FP8, scale_format="e8m0"),
             dict(config=DIRECT),
         ),
+        ("bfloat16", {}, {}, dict(config=jax_ep.Config(overlap=True))),
+        ("bfloat16", {}, {}, dict(config=jax_ep.Config(overlap=True, decode_tokens=0))),
     ],
-    ids=["halves", "direct"],
+    ids=["halves", "direct", "overlapped", "overlapped, direct"],
 )
 def test_formats(dtype, options, combine, how):
     x, idx, weights = inputs(62, dtype=dtype, **sizes(skew=0.5))
