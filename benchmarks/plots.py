@@ -26,10 +26,13 @@ def main() -> None:
     """Draw both files of results."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("docs/performance.svg"))
-    files = [
-        json.loads((RESULTS / f"{name}_2xH200.json").read_text()) for name in ("exchange", "decode")
-    ]
-    draw(*files, parser.parse_args().out)
+    draw(*kept_results(), parser.parse_args().out)
+
+
+def kept_results() -> tuple[dict, dict]:
+    """The large sizes, and the sweep of tokens."""
+    exchange, decode = (RESULTS / f"{name}_2xH200.json" for name in ("exchange", "decode"))
+    return json.loads(exchange.read_text()), json.loads(decode.read_text())
 
 
 def draw(exchange: dict, decode: dict, path: Path) -> None:

@@ -3,7 +3,6 @@
 
 import dataclasses
 import importlib.util
-import json
 import pathlib
 
 import jax
@@ -71,8 +70,7 @@ def test_decode_steps_find_what_is_wrong(decode_steps, monkeypatch):
 
 def test_the_picture_shows_the_kept_results(tmp_path):
     plots = load("plots")
-    files = [BENCHMARKS / "results" / f"{name}_2xH100.json" for name in ("exchange", "decode")]
-    exchange, decode = (json.loads(file.read_text()) for file in files)
+    exchange, decode = plots.kept_results()
     plots.draw(exchange, decode, tmp_path / "drawn.svg")
     kept = BENCHMARKS.parent / "docs" / "performance.svg"
     for picture in (tmp_path / "drawn.svg", kept):
