@@ -89,7 +89,7 @@ def main(
     text = _demo_text.standard_library()
     unigram = text.unigram_entropy
     mesh = jax.make_mesh((jax.device_count(),), ("expert",), axis_types=(AxisType.Auto,))
-    initialize(mesh)
+    initialize(mesh, stats=with_report)
     sizes = SIZES[size or ("small" if jax.default_backend() == "cpu" else "large")]
     model, optimizer = build(mesh, sizes)
     batches = Batches(mesh, sizes)

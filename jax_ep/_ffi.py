@@ -161,6 +161,11 @@ def describe_groups() -> list[str]:
     return _ext.describe_groups() if has_cuda() else []
 
 
+def record_stats(signature: str, on: bool) -> None:
+    """Whether operations of the groups under a signature record timings from now on."""
+    _ext.record_stats(signature, on)
+
+
 def read_stats() -> list[tuple[int, int, int, bytes]]:
     """CUDA device, rank, uint64 words of a record, and records, of each rank that records."""
     function = getattr(_ext, "read_stats", None)

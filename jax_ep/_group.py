@@ -36,7 +36,12 @@ def signature(mesh, axes: tuple[str, ...]) -> str:
 
 
 def initialize(
-    mesh: Mesh, axis_name="expert", *, timeout_s: float = 60.0, config: Config | None = None
+    mesh: Mesh,
+    axis_name="expert",
+    *,
+    timeout_s: float = 60.0,
+    config: Config | None = None,
+    stats: bool | None = None,
 ) -> None:
     """Set up the group of every line of devices along `axis_name`; once, outside jit.
 
@@ -50,9 +55,12 @@ def initialize(
         config: `decode_tokens` and `decode_row_bytes` size the slots for small batches, which are
             allocated here; pass the same to the operations. None: as an earlier call has it, or
             the default `Config`. `gpus_per_node` and `rdma` are for groups that span nodes.
+        stats: whether operations of these groups record timings for `jax_ep.stats`: on CUDA those
+            that are launched, or captured into a CUDA graph, from then on. None: as before; at
+            first they do not.
 
     Raises:
-        TypeError: `mesh` is not a concrete mesh, or `config` not a `Config`.
+        TypeError: `mesh` is not a concrete mesh, `config` not a `Config`, `stats` not a bool.
         ValueError: an unknown axis; a timeout that is not positive; a mesh of the same axes and
             sizes but another order of devices than an earlier one; slots of another size; ranks
             that do not form nodes of one size, side by side.
@@ -70,6 +78,8 @@ def initialize(
             )
     if not isinstance(timeout_s, (int, float)) or not 0 < timeout_s < float("inf"):
         raise ValueError(f"timeout_s: expected a positive number of seconds, got {timeout_s!r}")
+    if stats is not None and not isinstance(stats, bool):
+        raise TypeError(f"stats: expected True, False or None, got {stats!r}")
     name = signature(mesh, axes)
     known = _groups.get(name)
     if known is not None and list(known.devices.flat) != list(mesh.devices.flat):
@@ -90,6 +100,8 @@ def initialize(
     if on_gpus and _ffi.has_cuda():
         restart = known is None or _ffi.is_broken(name)
         _start(name, groups, float(timeout_s), restart, slots, gpus_per_node)
+        if stats is not None:
+            _ffi.record_stats(name, stats)
         _watch()
     _groups[name] = mesh
     _slot_sizes.update((_key(group), slots) for group in groups)

@@ -12,9 +12,10 @@ from . import _ffi
 OPERATIONS = (
     *("plan", "dispatch", "combine"),
     *("dispatch_start", "dispatch_done", "combine_start", "combine_done"),
+    "exchange_routing",  # between nodes, before a plan
 )
 #: Columns of a record as the extension gives it, before what was waited for each rank.
-_COLUMNS = ("number", "operation", "slots", "begin", "ready", "pushed", "arrived", "end")
+_COLUMNS = ("number", "operation", "begin", "ready", "pushed", "arrived", "end")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Timings:
         device: [n] id of the JAX device.
         rank: [n] of the device in its group.
         num_ranks: [n] R of the group.
-        operation: [n] index into `OPERATIONS`.
+        operation: [n] which one, a number; `names` has words.
         number: [n] of the operation, counted by the device; a gap is what was overwritten unread.
         begin_ns: [n] on the clock of the device, which is not that of another one.
         wait_ns, push_ns, work_ns: [n] the phases.
@@ -55,13 +56,18 @@ class Timings:
         """How many operations."""
         return len(self.number)
 
+    @property
+    def names(self) -> np.ndarray:
+        """[n] such as "plan", "dispatch", "combine_done"."""
+        return np.array(OPERATIONS)[self.operation]
+
     def __getitem__(self, chosen) -> "Timings":
         """Those operations that an index array, a mask or a slice chooses."""
         return Timings(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
 
 
 def stats() -> Timings:
-    """The last operations on this process's devices, 1024 on each; nothing waits for a device.
+    """The last operations on this process's devices, 4032 on each; nothing waits for a device.
 
     Only CUDA devices of groups that `initialize(..., stats=True)` set up record any: elsewhere the
     result is empty. Reading changes nothing; take what is new by `number`, as `Recorder` does.
@@ -83,10 +89,9 @@ def _decode(device: int, rank: int, records: np.ndarray) -> Timings:
     signed = records[order].astype(np.int64)
     of = dict(zip(_COLUMNS, signed.T, strict=False))
     begin, end = of["begin"], of["end"]
-    first = np.clip(np.where(of["slots"] > 0, of["pushed"], of["ready"]), begin, end)
-    second = np.clip(np.where(of["slots"] > 0, of["arrived"], of["pushed"]), first, end)
-    wait, push = first - begin, second - first
-    slots = of["slots"] > 0
+    slots = (of["ready"] < begin) | (of["ready"] > end)  # nothing was lent in this operation
+    first = np.clip(np.where(slots, of["pushed"], of["ready"]), begin, end)
+    second = np.clip(np.where(slots, of["arrived"], of["pushed"]), first, end)
     count = len(signed)
     return Timings(
         device=np.full(count, device),
@@ -95,8 +100,8 @@ def _decode(device: int, rank: int, records: np.ndarray) -> Timings:
         operation=of["operation"] - 1,
         number=of["number"],
         begin_ns=begin,
-        wait_ns=np.where(slots, push, wait),
-        push_ns=np.where(slots, wait, push),
+        wait_ns=np.where(slots, second - first, first - begin),
+        push_ns=np.where(slots, first - begin, second - first),
         work_ns=end - second,
         total_ns=end - begin,
         waits_ns=signed[:, len(_COLUMNS) :],

@@ -38,13 +38,13 @@ class Ring:
         monkeypatch.setattr(jax, "local_devices", lambda: devices)
         monkeypatch.setattr(_ffi, "read_stats", self.read)
 
-    def add(self, rank, number, operation, slots, stamps, waits):
-        record = [number, 1 + OPERATIONS.index(operation), slots, *stamps, *waits]
+    def add(self, rank, number, operation, stamps, waits):
+        record = [number, 1 + OPERATIONS.index(operation), *stamps, *waits]
         self.records[rank].append(record)
 
     def read(self):
         return [
-            (rank, rank, 8 + len(self.records), np.array(records, np.uint64).tobytes())
+            (rank, rank, 7 + len(self.records), np.array(records, np.uint64).tobytes())
             for rank, records in enumerate(self.records)
         ]
 
@@ -56,11 +56,16 @@ def test_there_are_no_timings_without_cuda():
 
 def test_phases(monkeypatch):
     ring = Ring(monkeypatch, 2)
-    ring.add(0, 7, "combine", 0, (1000, 1400, 2000, 2100, 2500), (0, 350))
-    ring.add(0, 6, "plan", 0, (100, 130, 0, 0, 200), (0, 30))
-    ring.add(1, 8, "dispatch", 1, (50, 0, 90, 190, 200), (100, 0))
+    ring.add(0, 7, "combine", (1000, 1400, 2000, 2100, 2500), (0, 350))
+    ring.add(0, 6, "plan", (100, 130, 0, 0, 200), (0, 30))
+    ring.add(1, 8, "dispatch", (50, 0, 90, 190, 200), (100, 0))
+    ring.add(1, 9, "dispatch_start", (300, 0, 340, 190, 350), (0, 0))  # stale: of an earlier turn
+    ring.add(1, 10, "dispatch_done", (400, 0, 340, 450, 480), (45, 0))
     t = jax_ep.stats()
-    assert [OPERATIONS[i] for i in t.operation] == ["plan", "combine", "dispatch"]
+    np.testing.assert_array_equal(t.push_ns[3:], [40, 0])
+    np.testing.assert_array_equal(t.wait_ns[3:], [0, 50])
+    t = t[:3]
+    assert t.names.tolist() == ["plan", "combine", "dispatch"]
     np.testing.assert_array_equal(t.device, [10, 10, 11])
     np.testing.assert_array_equal(t.number, [6, 7, 8])
     np.testing.assert_array_equal(t.wait_ns, [30, 400, 100])
@@ -72,10 +77,10 @@ def test_phases(monkeypatch):
 
 
 def test_groups_of_different_sizes_are_padded(monkeypatch):
-    rows = [(0, 0, 10, np.arange(10, dtype=np.uint64)), (1, 3, 12, np.arange(12, dtype=np.uint64))]
+    rows = [(0, 0, 9, np.arange(9, dtype=np.uint64)), (1, 3, 11, np.arange(11, dtype=np.uint64))]
     monkeypatch.setattr(jax, "local_devices", lambda: [Device(0, 0), Device(1, 1)])
     monkeypatch.setattr(_ffi, "read_stats", lambda: [(*row[:3], row[3].tobytes()) for row in rows])
-    np.testing.assert_array_equal(jax_ep.stats().waits_ns, [[8, 9, 0, 0], [8, 9, 10, 11]])
+    np.testing.assert_array_equal(jax_ep.stats().waits_ns, [[7, 8, 0, 0], [7, 8, 9, 10]])
     np.testing.assert_array_equal(jax_ep.stats().num_ranks, [2, 4])
 
 
@@ -87,6 +92,11 @@ def test_quantiles_are_within_their_buckets():
         assert _stats_file.quantile_ns(counts, q) == pytest.approx(exact, rel=0.0225)
     assert np.isnan(_stats_file.quantile_ns(np.zeros(_stats_file.BUCKETS), 0.5))
     np.testing.assert_array_equal(_stats_file.bucket(np.array([0, 1, 2**40])), [0, 0, 511])
+
+
+def test_bad_switch():
+    with pytest.raises(TypeError, match="stats: expected True, False or None, got 1"):
+        jax_ep.initialize(make_mesh(), stats=1)
 
 
 def recorder_of(mesh, **options):
@@ -125,8 +135,8 @@ def test_a_long_run_keeps_few_windows():
 
 def test_timings_are_counted_once_and_losses_seen(monkeypatch, tmp_path):
     ring = Ring(monkeypatch, 2)
-    ring.add(0, 1, "dispatch", 0, (0, 1, 2, 3, 4), (0, 9))  # before the recorder
-    ring.add(1, 1, "dispatch", 0, (0, 1, 2, 3, 4), (9, 0))
+    ring.add(0, 1, "dispatch", (0, 1, 2, 3, 4), (0, 9))  # before the recorder
+    ring.add(1, 1, "dispatch", (0, 1, 2, 3, 4), (9, 0))
     mesh = jax.sharding.Mesh(jax.devices()[:2], ("expert",), axis_types=(AxisType.Auto,))
     recorder = recorder_of(mesh)
     recorder._device = {10: 0, 11: 1}
@@ -134,9 +144,9 @@ def test_timings_are_counted_once_and_losses_seen(monkeypatch, tmp_path):
         recorder._read[10 + rank] = 1
     stamps = (0, 100, 1100, 1100, 3100)
     for number in (2, 3):
-        ring.add(0, number, "dispatch", 0, stamps, (0, 40))
-    ring.add(1, 2, "combine", 0, stamps, (70, 0))
-    ring.add(1, 5, "combine", 0, stamps, (50, 0))
+        ring.add(0, number, "dispatch", stamps, (0, 40))
+    ring.add(1, 2, "combine", stamps, (70, 0))
+    ring.add(1, 5, "combine", stamps, (50, 0))
     for _ in range(3):
         run = recorder.run()
     assert run.durations.sum() == 4 * len(_stats_file.PHASES)
@@ -147,7 +157,7 @@ def test_timings_are_counted_once_and_losses_seen(monkeypatch, tmp_path):
     np.testing.assert_array_equal(run.longest[COMBINE], [[0, 0], [70, 0]])
     np.testing.assert_array_equal(run.lost, [0, 2])
     ring.records[0] = []
-    ring.add(0, 1, "dispatch", 0, stamps, (0, 1))  # a new generation counts from 1 again
+    ring.add(0, 1, "dispatch", stamps, (0, 1))  # a new generation counts from 1 again
     assert recorder.run().waits[DISPATCH, 0, 1] == 81
 
 
@@ -160,7 +170,7 @@ def test_timings_are_read_before_the_ring_is_full(monkeypatch):
     for _ in range(40):
         for _ in range(700):
             number += 1
-            ring.add(0, number, "dispatch", 0, (0, 1, 2, 3, 4), (0, 1))
+            ring.add(0, number, "dispatch", (0, 1, 2, 3, 4), (0, 1))
         ring.records[0] = ring.records[0][-4096:]
         recorder.add(np.zeros((2, 16), int))
     run = recorder.run()

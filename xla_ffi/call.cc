@@ -62,6 +62,7 @@ bool enter(const Attributes& a, Operation operation, Checker& checker, Call* cal
   }
   call->peers = member.group->peers(member.rank);
   call->operation = operation;
+  call->stats = member.stats;
   *out = member;
   return true;
 }

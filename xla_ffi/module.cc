@@ -49,6 +49,20 @@ nb::list control_layout(int num_ranks) {
   }
   return rows;
 }
+
+nb::list read_stats() {
+  std::vector<jax_ep::RankStats> all;
+  {
+    const nb::gil_scoped_release released;
+    all = jax_ep::read_stats();
+  }
+  nb::list ranks;
+  for (const jax_ep::RankStats& one : all) {
+    const nb::bytes records(one.records.data(), one.records.size() * sizeof one.records[0]);
+    ranks.append(nb::make_tuple(one.device, one.rank, one.words, records));
+  }
+  return ranks;
+}
 #endif
 
 }  // namespace
@@ -111,6 +125,9 @@ NB_MODULE(_ext, m) {
         return jax_ep::slot_bytes(num_ranks, {tokens, row_bytes});
       },
       "Bytes of the slots on each rank.");
+  m.def("record_stats", &jax_ep::record_stats, no_gil,
+        "Whether operations of the groups under a signature record timings from now on.");
+  m.def("read_stats", &read_stats, "Device, rank, words of a record, and records, of each rank.");
   m.def("finalize_groups", &jax_ep::finalize_groups, "Take all groups out of use.");
   m.def("describe_faults", &jax_ep::describe_faults,
         "What went wrong first; empty if nothing did.");

@@ -7,6 +7,8 @@
 #include <set>
 #include <stdexcept>
 
+#include "../csrc/runtime/stats_ring.h"
+
 namespace jax_ep {
 namespace {
 
@@ -15,9 +17,13 @@ struct Entry {
   std::map<int, Member> by_device;
 };
 
+// Timings of each rank; null of ranks of other processes.
+using Rings = std::vector<std::unique_ptr<StatsRing>>;
+
 struct Registry {
   std::mutex setup;  // held while a group is made or started, which may wait for the devices
   std::map<std::string, std::unique_ptr<Group>> groups;  // by key; never erased; under `setup`
+  std::map<const Group*, Rings> stats;                   // alike, of groups that were asked for it
   std::mutex mutex;                                      // never held while waiting
   std::map<std::string, Entry, std::less<>> in_use;      // by signature; under `mutex`
 
@@ -74,12 +80,18 @@ void start_group(const std::string& signature, const std::string& key, uint64_t 
   if (!group.complete())
     throw std::runtime_error("group " + key + " lacks ranks of other processes");
   group.reset(generation, timeout_s, ranks_per_device);
+  for (const auto& ring : r.stats[&group]) {
+    if (ring != nullptr) ring->clear();
+  }
   const std::lock_guard<std::mutex> lock(r.mutex);
   Entry& entry = r.in_use[signature];
   entry.groups.insert(&group);
   for (int rank = 0; rank < group.num_ranks(); ++rank) {
     const int device = group.devices()[rank];
-    if (device >= 0) entry.by_device[device] = Member{&group, rank};
+    if (device < 0) continue;
+    Member& member = entry.by_device[device];
+    member.group = &group;
+    member.rank = rank;  // and records timings as before
   }
 }
 
@@ -95,6 +107,50 @@ bool is_broken(const std::string& signature) {
     if (group->broken()) return true;
   }
   return false;
+}
+
+void record_stats(const std::string& signature, bool on) {
+  Registry& r = registry();
+  const std::lock_guard<std::mutex> setup(r.setup);
+  std::map<int, Member> members;
+  {
+    const std::lock_guard<std::mutex> lock(r.mutex);
+    members = r.in_use[signature].by_device;
+  }
+  for (auto& [device, member] : members) {
+    member.stats = nullptr;
+    if (!on) continue;
+    Rings& rings = r.stats[member.group];
+    rings.resize(member.group->num_ranks());
+    std::unique_ptr<StatsRing>& ring = rings[member.rank];
+    if (ring == nullptr) ring = std::make_unique<StatsRing>(device, member.group->num_ranks());
+    member.stats = ring->words();
+  }
+  const std::lock_guard<std::mutex> lock(r.mutex);
+  r.in_use[signature].by_device = members;
+}
+
+std::vector<RankStats> read_stats() {
+  Registry& r = registry();
+  const std::lock_guard<std::mutex> setup(r.setup);  // no group is made or started meanwhile
+  std::set<const Group*> in_use;
+  {
+    const std::lock_guard<std::mutex> lock(r.mutex);
+    for (const auto& [signature, entry] : r.in_use) {
+      in_use.insert(entry.groups.begin(), entry.groups.end());
+    }
+  }
+  std::vector<RankStats> all;
+  for (const Group* group : in_use) {
+    const Rings& rings = r.stats[group];
+    for (int rank = 0; rank < static_cast<int>(rings.size()); ++rank) {
+      if (rings[rank] == nullptr) continue;
+      const Peers& peers = group->peers(rank);
+      all.push_back({group->devices()[rank], rank, stats_words(group->num_ranks()),
+                     rings[rank]->read(peers.control[rank] + peers.at.header)});
+    }
+  }
+  return all;
 }
 
 void finalize_groups() {

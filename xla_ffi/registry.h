@@ -14,6 +14,7 @@ namespace jax_ep {
 struct Member {
   Group* group = nullptr;
   int rank = -1;
+  unsigned long long* stats = nullptr;  // where it records timings, if it does
 };
 
 // The group called `key`, made if it is new: see Group's constructor. True while ranks of other
@@ -36,6 +37,18 @@ void start_group(const std::string& signature, const std::string& key, uint64_t 
 
 // Whether a rank here, in a group in use under `signature`, failed or was told of a failure.
 bool is_broken(const std::string& signature);
+
+// Whether operations of the groups under `signature` record timings from now on.
+void record_stats(const std::string& signature, bool on);
+
+// What a rank here has recorded: `words` for each operation (layout/stats.h).
+struct RankStats {
+  int device, rank, words;
+  std::vector<uint64_t> records;
+};
+
+// Of all ranks here, in groups in use, that record timings or have.
+std::vector<RankStats> read_stats();
 
 // Take all groups out of use.
 void finalize_groups();

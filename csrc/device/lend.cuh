@@ -67,6 +67,7 @@ __device__ inline bool borrow_outputs(const Op& op, Borrowed& b) {
     }
   }
   __syncthreads();
+  if (blockIdx.x == 0 && threadIdx.x == 0) stamp(op.call, Stamp::kReady);
   return !b.failed;
 }
 
@@ -86,6 +87,7 @@ __device__ inline void finish_item(const Op& op, int chunk, uint32_t items, int 
     if (p != op.me)
       store_release_sys(op.block(p).done(op.me, chunk), op.tag);  // publishes the chunk
   }
+  if (lane_id() == 0) stamp(op.call, Stamp::kPushed);
 }
 
 // By one warp of a receiver: await `done[p][chunk]` of the ranks in [first, last), me excepted.

@@ -4,6 +4,7 @@
 #pragma once
 #include "../kernels/launch.h"
 #include "ptx.cuh"
+#include "stats.cuh"
 #include "warp.cuh"
 
 namespace jax_ep {
@@ -124,7 +125,10 @@ __device__ __noinline__ inline bool await_longer(const Call& call, uint64_t tag,
     uint64_t seen;
     for (int i = 0; i < 32; ++i) {
       seen = load_acquire_sys(word);
-      if (seen == tag) return true;
+      if (seen == tag) {
+        note_wait(call, from, start);
+        return true;
+      }
     }
     if (is_hopeless(call, tag, start, from, phase, seen)) return false;
   }
@@ -168,6 +172,7 @@ class Op {
     unsigned long long count = 0;
     if (lane < kHeaderLine || (lane == kSlotLeft && is_first)) word = load_relaxed(at);
     if (lane == kTicket && ticket != nullptr) given = *ticket;
+    if (lane == kBeganAtWord && is_first) word = now_ns();
     if (lane == kBegan && is_first) count = atomicAdd(&mine.began, 1ull);
     if (lane == kTicket) word = given;
     if (lane == kBegan) word = count;
@@ -284,6 +289,7 @@ class Op {
     __shared__ bool last, failed;  // decided once: what follows has block barriers
     __syncthreads();
     if (threadIdx.x == 0) {
+      if (blockIdx.x == 0) stamp_begin(call);
       last = add_acq_rel_gpu(&header().left, 1) + 1 == gridDim.x;
       failed = last && broken();
     }
@@ -295,6 +301,7 @@ class Op {
       poison();
     }
     if (threadIdx.x == 0) {
+      stamp(call, Stamp::kEnd);
       Header& mine = header();
       mine.left = 0;
       mine.barrier = 0;
@@ -311,12 +318,7 @@ class Op {
   enum Word { kHeaderLine = 16, kTicket = 29, kSlotLeft = 30, kBegan = 31 };
   static_assert(offsetof(Header, left) == kHeaderLine * sizeof(uint64_t));
 
-  // What `read_header` has read; one of each block, in shared memory of a function, so that this
-  // header may hold it.
-  __device__ static uint64_t* entry() {
-    alignas(128) __shared__ uint64_t words[32];
-    return words;
-  }
+  __device__ static uint64_t* entry() { return header_words(); }
 
   // Nobody writes into my outputs after this: what is open is revoked, and who has taken a lease is
   // awaited until it has left the operation (or is long dead). By the last block of a broken

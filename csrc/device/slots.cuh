@@ -229,6 +229,11 @@ class SlotOp {
     return load_acquire_sys(word) == tag || await_longer(op.call, tag, word, from, phase);
   }
 
+  // By the post warp.
+  __device__ void stamp_once(Stamp what) const {
+    if (is_counter()) stamp(op.call, what);
+  }
+
   // Every thread of every block calls this last. If some have given up, one block poisons the
   // results.
   template <typename Poison>
@@ -241,6 +246,8 @@ class SlotOp {
       if (begun_ + 1 == gridDim.x) complete(mine, ticket);
       poisons = gave_up && atomicExch(&mine.slot_poisoned, op.epoch()) != op.epoch();
       add_release_gpu(&mine.slot_left, 1);  // publishes the block's results to who poisons them
+      if (blockIdx.x == 0) stamp_begin(op.call);
+      stamp(op.call, Stamp::kEnd);
     }
     if (!gave_up) return;
     __syncthreads();

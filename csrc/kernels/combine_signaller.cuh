@@ -21,6 +21,7 @@ __device__ __forceinline__ void count_item(const Op& op, const Pushed& item) {
   if (add_acq_rel_gpu(pushed, 1) + 1 != item.items) return;
   *pushed = 0;
   store_release_sys(op.block(item.source).done(op.me, item.chunk), op.tag);
+  stamp(op.call, Stamp::kPushed);
 }
 
 // By the signaller's warp, until the entry that ends the pushes: items in order, as many at a time

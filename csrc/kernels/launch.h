@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "../layout/control.h"
+#include "../layout/stats.h"
 #include "../plan/geometry.h"
 
 namespace jax_ep {
@@ -45,7 +46,8 @@ struct Call {
   Peers peers;
   Lent lent;
   Operation operation;
-  uint32_t signature;  // 24 bits over operation, shapes and types: equal on all ranks
+  uint32_t signature;         // 24 bits over operation, shapes and types: equal on all ranks
+  unsigned long long* stats;  // the ring of this rank's timings; null: none are recorded
 };
 
 // What a plan says.

@@ -223,6 +223,7 @@ __device__ void plan_phases(const PlanParams& p, const PlanSizes& sizes, const O
   }
   if (is_last && done) done = await_hellos(op);
   if (!op.meet(done && sent)) return;
+  if (blockIdx.x == 0 && threadIdx.x == 0) stamp(p.call, Stamp::kReady);
   const uint64_t broken = op.broken_word();  // on its way with the counts
   sum_counts(reinterpret_cast<const Vec*>(counts), sizes, A, first, s);
   for (int r = threadIdx.x / 32; r < op.R; r += kWarps) {

@@ -312,8 +312,13 @@ __device__ void run_post_warp(const SlotCombineParams& p, const SlotCombineSizes
   if (s.pushes() && blockIdx.x == 0) s.greet();
   s.count();
   const Awaited early(p, share, 0, lane_id());
-  if (s.pushes()) post_partials(p, sizes, s, share);
-  if (s.receives() && await_partials(p, s, share, early) && blockIdx.x == 0) s.await_hellos();
+  if (s.pushes()) {
+    post_partials(p, sizes, s, share);
+    s.stamp_once(Stamp::kPushed);
+  }
+  if (!s.receives() || !await_partials(p, s, share, early)) return;
+  s.stamp_once(Stamp::kArrived);
+  if (blockIdx.x == 0) s.await_hellos();
 }
 
 template <typename T>

@@ -223,11 +223,16 @@ __device__ void run_post_warp(const SlotDispatchParams& p, const SlotDispatchSiz
                               const bool* planned) {
   if (s.pushes()) post_words(p, s, share, choice);
   s.count();
-  if (s.pushes()) post_rows(p, sizes.plan, s, share, choice);
+  if (s.pushes()) {
+    post_rows(p, sizes.plan, s, share, choice);
+    s.stamp_once(Stamp::kPushed);
+  }
   if (!s.receives()) return;
   __syncwarp();
   bar_sync(kPlanned, kSlotThreads);
-  if (*planned && await_rows(p, sizes, s, shared, share)) post_plan(p, s, shared);
+  if (!*planned || !await_rows(p, sizes, s, shared, share)) return;
+  s.stamp_once(Stamp::kArrived);
+  post_plan(p, s, shared);
 }
 
 template <Wire W, typename T>

@@ -3,7 +3,7 @@
 // JAX.
 //
 //   exchange_bench [--devices D] [--tokens T] [--hidden H] [--experts E] [--topk K] [--sms N]
-//   [--wire 0|1|2] [--fp8-combine 0|1] [--percent P]
+//   [--wire 0|1|2] [--fp8-combine 0|1] [--percent P] [--stats 0|1]
 //
 // Small batches also through slots, whole and in halves.
 // Prints the median and p99 over replays of the slowest rank's time per operation, in microseconds.
@@ -109,7 +109,7 @@ int main(int argc, char** argv) {
   using namespace jax_ep;
   setvbuf(stdout, nullptr, _IOLBF, 0);
   int devices = 2, T = 4096, H = 7168, E = 256, K = 8, sms = 132, wire = 0, fp8_combine = 0,
-      percent = 0;
+      percent = 0, stats = 0;
   const bool known = take_options(argc, argv,
                                   {{"--devices", &devices},
                                    {"--tokens", &T},
@@ -119,7 +119,8 @@ int main(int argc, char** argv) {
                                    {"--sms", &sms},
                                    {"--wire", &wire},
                                    {"--fp8-combine", &fp8_combine},
-                                   {"--percent", &percent}});
+                                   {"--percent", &percent},
+                                   {"--stats", &stats}});
   if (!known) return 2;
   try {
     std::vector<int> ids;
@@ -130,6 +131,7 @@ int main(int argc, char** argv) {
     Case c = bench_case(devices, T, H, E, K, sms, wire);
     c.quantized_partials = fp8_combine;
     Harness h(group, c);
+    if (stats) h.record_stats();
     h.plan();
     h.dispatch();
     h.synchronize();

@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "../runtime/group.h"
+#include "../runtime/stats_ring.h"
 #include "case.h"
 
 namespace jax_ep {
@@ -111,6 +112,13 @@ class Harness {
   bool delivers_scales() const { return c_.prequantized || c_.wire == Wire::kQuantized; }
   size_t row_bytes() const { return c_.hidden * (delivers_scales() ? 1 : size_of(c_.type)); }
 
+  // Operations that are issued from now on record timings.
+  void record_stats() {
+    for (int d : group_.devices()) {
+      stats_.push_back(std::make_unique<StatsRing>(d, group_.num_ranks()));
+    }
+  }
+
   // Issue one operation on every rank; `only` limits it to one rank.
   void plan(int only = -1) {
     run<PlanParams>(
@@ -165,6 +173,7 @@ class Harness {
   Call call(int r, Operation o) const {
     Call c{};
     c.peers = group_.peers(r);
+    if (!stats_.empty()) c.stats = stats_[r]->words();
     c.operation = o;
     c.signature = 0x1234 + static_cast<uint32_t>(o);
     return c;
@@ -309,6 +318,7 @@ class Harness {
     }
   }
 
+  std::vector<std::unique_ptr<StatsRing>> stats_;  // of each rank, or none
   Group& group_;
   const Case& c_;
 };

@@ -9,6 +9,7 @@
 #include <set>
 
 #include "../layout/control.h"
+#include "../layout/stats.h"
 #include "../plan/host_plan.h"
 #include "../plan/tiling.h"
 #include "../rdma/layout.h"
@@ -260,6 +261,37 @@ void every_block_has_a_role_between_nodes() {
   }
 }
 
+// What a rank's kernels write of operation `number`.
+void write_record(std::vector<uint64_t>& ring, int R, uint64_t number) {
+  uint64_t* r = &ring[number % kStatsRing * stats_words(R)];
+  for (int i = 0; i < kStamps; ++i) r[i] = 10 * number + i;
+  r[static_cast<int>(Stamp::kNumber)] = number;
+  if (number % 2) r[kStamps + 1] = pack_wait(number, 7 * number);
+}
+
+void stats_are_of_operations_that_ended() {
+  const int R = 3, words = stats_words(R);
+  std::vector<uint64_t> ring(size_t(kStatsRing) * words);
+  EXPECT(decode_stats(ring, R, 0).empty() && decode_stats(ring, R, 100).empty());
+  for (uint64_t newest : {uint64_t{1}, uint64_t{10}, uint64_t{4096}, uint64_t{9000}}) {
+    for (uint64_t n = 1; n <= newest + 1; ++n) write_record(ring, R, n);  // one is still running
+    const std::vector<uint64_t> records = decode_stats(ring, R, newest);
+    const uint64_t kept = std::min<uint64_t>(newest, kStatsRing - kStatsMargin);
+    EXPECT(records.size() == kept * words);
+    uint64_t sum = 0;
+    for (size_t i = 0; i < records.size(); i += words) {
+      const uint64_t n = records[i];
+      sum += n;
+      EXPECT(n > newest - kept && n <= newest && records[i + 6] == 10 * n + 6);
+      EXPECT(records[i + kStamps] == 0 && records[i + kStamps + 2] == 0);
+      EXPECT(records[i + kStamps + 1] == (n % 2 ? 7 * n : 0));  // not that of an earlier turn
+    }
+    EXPECT(sum == kept * newest - kept * (kept - 1) / 2);  // each of them once
+  }
+  EXPECT(wait_of(pack_wait(5, uint64_t{1} << 40), 5) == 0xffffffffu);
+  EXPECT(pack_wait(5 + kStatsRing, 0) > pack_wait(5, 1000));
+}
+
 }  // namespace
 }  // namespace jax_ep
 
@@ -279,6 +311,7 @@ int main() {
   stamps_tell_messages_apart();
   messages_fit_their_slots();
   every_block_has_a_role_between_nodes();
+  stats_are_of_operations_that_ended();
   std::printf(failures ? "%d failures\n" : "host tests passed\n", failures);
   return failures != 0;
 }

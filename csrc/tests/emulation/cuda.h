@@ -102,6 +102,12 @@ V atomicAdd(V* p, V v) {
   *p = old + v;
   return old;
 }
+template <typename V>
+V atomicMax(V* p, V v) {
+  const V old = *p;
+  *p = old < v ? v : old;
+  return old;
+}
 inline unsigned atomicOr(unsigned* p, unsigned v) {
   const unsigned old = *p;
   *p = old | v;
