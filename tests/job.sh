@@ -10,7 +10,7 @@ name=$1
 versions=(bad_input command_line global_view gradients in_flight install integrations lowering
   properties routing transforms xla_pieces)
 # What compiles much or starts many processes, in parts, so that no core waits at the end:
-models=(decode_example examples examples_fp8 two_microbatches)
+models=(decode_example examples examples_fp8 global_view two_microbatches)
 pages=(benchmarks demo docs wheels)
 processes=(bench launch portable)
 
