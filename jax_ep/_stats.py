@@ -111,13 +111,14 @@ def _decode(device: int, rank: int, records: np.ndarray) -> Timings:
 def _joined(parts: list[Timings]) -> Timings:
     """All parts as one, with as many waits as the largest group has ranks."""
     ranks = max((part.waits_ns.shape[1] for part in parts), default=0)
-    columns = {
-        field.name: [getattr(part, field.name) for part in parts]
-        for field in dataclasses.fields(Timings)
-    }
-    columns["waits_ns"] = [
-        np.pad(waits, ((0, 0), (0, ranks - waits.shape[1]))) for waits in columns["waits_ns"]
-    ]
-    empty: dict[str, np.ndarray] = {name: np.zeros(0, np.int64) for name in columns}
-    empty["waits_ns"] = np.zeros((0, 0), np.int64)
-    return Timings(**{n: np.concatenate(c) if c else empty[n] for n, c in columns.items()})
+
+    def column(name: str) -> np.ndarray:
+        columns = [getattr(part, name) for part in parts]
+        if name == "waits_ns":
+            none = np.zeros((0, ranks), np.int64)
+            columns = [np.pad(c, [(0, 0), (0, ranks - c.shape[1])]) for c in columns]
+        else:
+            none = np.zeros(0, np.int64)
+        return np.concatenate([none, *columns])
+
+    return Timings(**{field.name: column(field.name) for field in dataclasses.fields(Timings)})
