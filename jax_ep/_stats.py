@@ -116,7 +116,7 @@ def _joined(parts: list[Timings]) -> Timings:
         columns = [getattr(part, name) for part in parts]
         if name == "waits_ns":
             none = np.zeros((0, ranks), np.int64)
-            columns = [np.pad(c, [(0, 0), (0, ranks - c.shape[1])]) for c in columns]
+            columns = [np.hstack([c, np.zeros((len(c), ranks - c.shape[1]), int)]) for c in columns]
         else:
             none = np.zeros(0, np.int64)
         return np.concatenate([none, *columns])
