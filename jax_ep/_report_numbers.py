@@ -8,8 +8,8 @@ import numpy as np
 from ._stats import OPERATIONS
 from ._stats_file import PHASES, Header, Run, quantile_ns
 
-#: What an operation does in the phase `work`.
-WORK = {"plan": "place", "dispatch": "expand", "combine": "reduce"}
+#: What an operation does in the phase `work`, by the first word of its name.
+WORK = {"plan": "place", "dispatch": "expand", "combine": "reduce", "exchange": "work"}
 MEASURABLE_US = 0.005  # a phase whose p99 is less does not exist
 STANDS_OUT = 2.0  # a slow rank is awaited so many times as long as the others are
 WORTH_NAMING = 0.05  # and for such a part of an operation's time, at least

@@ -12,7 +12,7 @@ import numpy as np
 
 from ._stats import OPERATIONS
 
-VERSION = 1
+VERSION = 1  # of the format, OPERATIONS, PHASES and buckets included
 PHASES = ("wait", "push", "work", "total")
 BUCKETS_PER_OCTAVE, BUCKETS = 16, 512  # of durations: from 1 ns to 4 s
 _ARRAYS = ("load", "dropped", "durations", "waits", "longest", "lost")

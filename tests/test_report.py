@@ -71,6 +71,15 @@ def test_numbers():
     np.testing.assert_allclose(dispatch.waits_us[0], [0, 3, 50, 3])
 
 
+def test_every_operation_has_a_row():
+    run = a_run()
+    run.durations[...] = run.durations[DISPATCH]
+    summary = summarise(run)
+    assert [o.name for o in summary.operations] == list(OPERATIONS)
+    text = " ".join(Structure(_report_page.page(summary)).text)
+    assert all(f"{name} (400)" in text for name in OPERATIONS)
+
+
 def test_the_slow_rank_is_named():
     slow = summarise(a_run()).slow
     assert (
