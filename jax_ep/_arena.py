@@ -20,6 +20,11 @@ class Arena:
         """Bytes of no piece."""
         return self.num_bytes - sum(size for _, size in self._pieces.values())
 
+    def offset(self, key: str) -> int | None:
+        """Where the piece `key` is, if there is one."""
+        piece = self._pieces.get(key)
+        return None if piece is None else piece[0]
+
     def take(self, key: str, num_bytes: int) -> int:
         """Offset of a new piece `key` of at least `num_bytes`.
 

@@ -99,20 +99,39 @@ def make_group(key: str, devices: list[int], slot_tokens: int, slot_row_bytes: i
     return _ext.make_group(key, devices, slot_tokens, slot_row_bytes)
 
 
+def make_node_group(
+    key: str,
+    devices: list[int],
+    address: int,
+    node_ranks: int,
+    elements: list[int],
+    rings: tuple[int, int],
+) -> bool:
+    """Make the group `key`, which spans nodes of `node_ranks`; `devices` as in `make_group`.
+
+    Its control block and rings, of so many slots of so many bytes, are at `address` of the arena;
+    `elements`: NVSHMEM's rank of each rank.
+    """
+    return _ext.make_node_group(key, devices, address, node_ranks, elements, *rings)
+
+
 def slot_bytes(num_ranks: int, tokens: int, row_bytes: int) -> int | None:
     """Bytes of the slots on each rank of a group; None if this build has none."""
     function = getattr(_ext, "slot_bytes", None)
     return None if function is None else function(num_ranks, tokens, row_bytes)
 
 
-def export_rank(key: str, rank: int, in_pool: int) -> tuple[int, int, int, int]:
-    """Descriptor and bytes of a rank's control block, and of the memory around `in_pool`."""
+def export_rank(key: str, rank: int, in_pool: int) -> list[tuple[int, int]]:
+    """Descriptor and bytes of the memory around `in_pool`, and of a rank's control block.
+
+    The latter unless it is in the arena, as in a group that spans nodes.
+    """
     return _ext.export_rank(key, rank, in_pool)
 
 
-def attach_rank(key: str, rank: int, control: tuple[int, int], pool: tuple[int, int]) -> None:
-    """Map a rank of another process: descriptor and bytes of its control block and memory."""
-    _ext.attach_rank(key, rank, *control, *pool)
+def attach_rank(key: str, rank: int, exported: list[tuple[int, int]]) -> None:
+    """Map a rank of another process: what `export_rank` gave there."""
+    _ext.attach_rank(key, rank, exported)
 
 
 def start_group(signature: str, key: str, generation: int, timeout_s: float, sharing: int) -> None:
@@ -175,6 +194,13 @@ def read_stats() -> list[tuple[int, int, int, bytes]]:
 def control_layout(num_ranks: int) -> list[tuple[str, str, int, int]]:
     """Name, writer, offset and bytes of each field of a rank's control block."""
     return _ext.control_layout(num_ranks) if has_cuda() else []
+
+
+def ring_layout(
+    num_ranks: int, node_ranks: int, slots: int, slot_bytes: int
+) -> list[tuple[str, str, int, int]]:
+    """The same of the rings behind it, in a group of nodes of `node_ranks`."""
+    return _ext.ring_layout(num_ranks, node_ranks, slots, slot_bytes) if has_cuda() else []
 
 
 def can_access_peer(device: int, peer: int) -> bool:

@@ -16,12 +16,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from . import _check, _ffi, _rdma, _rdma_library, _rendezvous, _topology
+from . import _check, _ffi, _nodes, _rdma, _rendezvous
 from ._check import axis_tuple
 from ._jax_compat import Device
 from ._types import Config
 
 _groups: dict[str, Mesh] = {}
+_configs: dict[str, Config] = {}  # of each signature
 _slot_sizes: dict[str, tuple[int, int]] = {}  # of each group's devices: tokens, bytes of a row
 _log = logging.getLogger("jax_ep")
 _WATCH_PERIOD_S = 1.0
@@ -54,7 +55,8 @@ def initialize(
         timeout_s: seconds after which a wait for a peer ends in an error.
         config: `decode_tokens` and `decode_row_bytes` size the slots for small batches, which are
             allocated here; pass the same to the operations. None: as an earlier call has it, or
-            the default `Config`. `gpus_per_node` and `rdma` are for groups that span nodes.
+            the default `Config`. `gpus_per_node` and `rdma` are for groups that span nodes, which
+            want `decode_tokens=0`, here and in the operations.
         stats: whether operations of these groups record timings for `jax_ep.stats`: on CUDA those
             that are launched, or captured into a CUDA graph, from then on. None: as before; at
             first they do not.
@@ -63,7 +65,9 @@ def initialize(
         TypeError: `mesh` is not a concrete mesh, `config` not a `Config`, `stats` not a bool.
         ValueError: an unknown axis; a timeout that is not positive; a mesh of the same axes and
             sizes but another order of devices than an earlier one; slots of another size; ranks
-            that do not form nodes of one size, side by side.
+            that do not form nodes of one size, side by side; nodes of another size than before, or
+            another network; small batches between nodes.
+        RuntimeError: a group that spans processes or nodes could not be set up, in all of them.
 
     Example:
         >>> jax_ep.initialize(jax.make_mesh((2,), ("expert",)))
@@ -89,21 +93,16 @@ def initialize(
             "Call jax_ep.finalize() first."
         )
     groups = groups_of(mesh, axes)
-    gpus_per_node = _check.config(config).gpus_per_node
-    if gpus_per_node is not None and len(groups[0]) % gpus_per_node:
-        raise ValueError(
-            f"config: expected gpus_per_node to divide the {len(groups[0])} ranks of a group, got "
-            f"{gpus_per_node}"
-        )
     slots = _slots_of(groups, config)
+    config = _config_of(name, config, len(groups[0]))
     on_gpus = all(d.platform in ("gpu", "cuda") for d in mesh.devices.flat)
     if on_gpus and _ffi.has_cuda():
         restart = known is None or _ffi.is_broken(name)
-        _start(name, groups, float(timeout_s), restart, slots, gpus_per_node)
+        _start(name, groups, float(timeout_s), restart, slots, config)
         if stats is not None:
             _ffi.record_stats(name, stats)
         _watch()
-    _groups[name] = mesh
+    _groups[name], _configs[name] = mesh, config
     _slot_sizes.update((_key(group), slots) for group in groups)
 
 
@@ -117,6 +116,27 @@ def groups_of(mesh: Mesh, axes: tuple[str, ...]) -> list[list[Device]]:
 
 def _key(group: list[Device]) -> str:
     return ",".join(str(d.id) for d in group)
+
+
+def _config_of(name: str, config: Config | None, num_ranks: int) -> Config:
+    """`config`, or that of an earlier call, whose nodes and network it must have."""
+    known = _configs.get(name)
+    if config is None and known is not None:
+        return known
+    config = _check.config(config)
+    if config.gpus_per_node is not None and num_ranks % config.gpus_per_node:
+        raise ValueError(
+            f"config: expected gpus_per_node to divide the {num_ranks} ranks of a group, got "
+            f"{config.gpus_per_node}"
+        )
+    for field in ("gpus_per_node", "rdma"):
+        want, got = getattr(known or config, field), getattr(config, field)
+        if want != got:
+            raise ValueError(
+                f"config: groups over this mesh exist with another {field}: expected {want}, got "
+                f"{got}. Call jax_ep.finalize() first."
+            )
+    return config
 
 
 def _slots_of(groups: list[list[Device]], config: Config | None) -> tuple[int, int]:
@@ -140,7 +160,7 @@ def _start(
     timeout_s: float,
     restart: bool,
     slots: tuple[int, int],
-    gpus_per_node: int | None,
+    config: Config,
 ) -> None:
     """Make or restart every group that has a device of this process, if any process wants it."""
     me = jax.process_index()
@@ -152,11 +172,20 @@ def _start(
         device = next(d.local_hardware_id for d in everyone if d.process_index == me)
         meeting = _rendezvous.Meeting(f"{name}/{_calls[name]}", everyone)
         sharing, restart, hosts = _rendezvous.agree(meeting, device, restart)
-    for group in groups:
-        _refuse_nodes(group, hosts, gpus_per_node)
+    topologies = [_nodes.topology_of(group, hosts, config.gpus_per_node) for group in groups]
+    spans_nodes = any(topology.spans_nodes for topology in topologies)
+    if spans_nodes:
+        _nodes.check_config(slots[0])
     if not restart:
         return
-    for group in groups:
+    world = _rdma.start(everyone, hosts, config.rdma) if spans_nodes else None
+    for group, topology in zip(groups, topologies, strict=True):
+        if world is not None and topology.spans_nodes:
+            piece = _nodes.take(world, _key(group), topology, config.rdma)  # in every process
+            if any(d.process_index == me for d in group):
+                generation = _generation[piece.key] = _generation.get(piece.key, 0) + 1
+                _nodes.start(name, group, world, piece, generation, timeout_s, sharing)
+            continue
         if all(d.process_index != me for d in group):
             continue
         key = f"{_key(group)} slots {slots[0]}x{slots[1]}"  # groups of other slots live on
@@ -171,20 +200,6 @@ def _start(
         meeting.barrier("attached")
         _ffi.start_group(name, key, _generation[key], timeout_s, sharing)
         meeting.barrier("started")  # nobody's kernel runs before every block is zero
-
-
-def _refuse_nodes(group: list[Device], hosts: dict[int, str], gpus_per_node: int | None) -> None:
-    """Raise for a group that spans nodes, alike in every process: it has no kernels yet."""
-    places = [_topology.Place(d.process_index, hosts[d.process_index]) for d in group]
-    topology = _topology.of_group(places, gpus_per_node)
-    if topology.spans_nodes:
-        raise RuntimeError(
-            "jax_ep.initialize: expected all ranks of a group in one node, got "
-            f"{topology.num_nodes} nodes of {topology.ranks_per_node}:\n{_topology.table(places)}\n"
-            "dispatch and combine between nodes are not implemented for CUDA yet; "
-            "implementation='xla' works. What they will need: "
-            + "; ".join(_rdma_library.describe())
-        )
 
 
 @functools.cache
@@ -206,10 +221,12 @@ def _watch() -> None:
 def finalize() -> None:
     """Take every group out of use; `initialize` makes new ones. Call it when no operation runs.
 
-    Where a group spans nodes, all its processes call it together.
+    Where a group spans nodes, all its processes call it together, and programs that ran on it are
+    compiled anew afterwards (`jax.clear_caches()`): its memory is gone.
     """
     _rdma.stop(dead=_ffi.describe_faults())
     _groups.clear()
+    _configs.clear()
     _slot_sizes.clear()
     _ffi.finalize_groups()
 

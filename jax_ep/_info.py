@@ -11,7 +11,7 @@ from importlib import metadata
 import jax
 
 from . import _ffi, _nics, _rdma_library, _slots, _sms
-from ._types import Config
+from ._types import Config, Rdma
 
 
 def facts() -> dict:
@@ -29,6 +29,7 @@ def facts() -> dict:
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in devices],
         "implementations": [*(["cuda"] if _ffi.has_cuda() else []), "xla"],
         "control_block": control_block(num_ranks=max(2, len(devices))),
+        "rings": rings(Config().rdma, node_ranks=max(1, len(devices))),
         "small_batches": small_batches(Config(), num_ranks=max(2, len(devices))),
         "default_sms": default_sms(devices),
         "rdma": rdma(),
@@ -47,10 +48,20 @@ def driver() -> str | None:
 
 def control_block(num_ranks: int) -> list[str]:
     """The memory that each rank of a group of `num_ranks` keeps for its peers, field by field."""
-    fields = _ffi.control_layout(num_ranks)
+    return _fields(_ffi.control_layout(num_ranks), f"{num_ranks} ranks")
+
+
+def rings(rdma: Rdma, node_ranks: int) -> list[str]:
+    """What each rank of two nodes of `node_ranks` has behind its control block, field by field."""
+    sizes = rdma.ring_slots, rdma.ring_slot_bytes
+    fields = _ffi.ring_layout(2 * node_ranks, node_ranks, *sizes)
+    return _fields(fields, f"2 nodes of {node_ranks} ranks")
+
+
+def _fields(fields: list[tuple[str, str, int, int]], where: str) -> list[str]:
     lines = [f"{name}: {size} bytes at {at}, by {writer}" for name, writer, at, size in fields]
     total = sum(size for _, _, _, size in fields)
-    return [f"{total} bytes on each of {num_ranks} ranks", *lines] if fields else []
+    return [f"{total} bytes on each of {where}", *lines] if fields else []
 
 
 def small_batches(config: Config, num_ranks: int) -> list[str]:

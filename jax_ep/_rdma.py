@@ -39,6 +39,7 @@ class World:
     address: int  # of the arena on this rank
     arena: Arena
     direct: tuple[bool, ...]  # whether this GPU addresses each rank's arena, or reaches it by puts
+    round: int  # of start, counted alike in every process
 
     def describe(self) -> list[str]:
         """What the log says of it: one line of sizes, one of variables."""
@@ -117,6 +118,7 @@ def start(devices: list[Device], hosts: dict[int, str], rdma: Rdma) -> World:
         address,
         arena,
         direct=tuple(bool(ext.rdma_peer(address, r)) for r in range(num_ranks)),
+        round=_State.rounds,
     )
     _State.last = _State.world
     for line in _State.world.describe():
@@ -158,11 +160,16 @@ def _check_same(known: World, processes: tuple[int, ...], rdma: Rdma) -> None:
             "jax_ep.initialize: NVSHMEM was started with another mesh: expected its processes "
             f"{list(known.processes)}, got {list(processes)}"
         )
-    if rdma != known.rdma:
+    if _of_the_process(rdma) != _of_the_process(known.rdma):
         raise RuntimeError(
             "jax_ep.initialize: NVSHMEM was started with another Config: expected "
             f"{known.rdma}, got {rdma}"
         )
+
+
+def _of_the_process(rdma: Rdma) -> Rdma:
+    """Without what is each group's own: its rings."""
+    return dataclasses.replace(rdma, ring_slots=1, ring_slot_bytes=128)
 
 
 def _agree_to_start(

@@ -11,6 +11,7 @@ import pathlib
 import socket
 import threading
 import uuid
+from typing import Any
 
 import jax
 import numpy as np
@@ -78,29 +79,30 @@ def agree(meeting: Meeting, device: int, restart: bool) -> tuple[int, bool, dict
 
 
 def share_memory(meeting: Meeting, key: str, devices: list[int], *, attach: bool) -> None:
-    """Map every rank's control block and pool in every process.
+    """Map every rank's control block and pool in every process of the meeting.
 
-    `devices` has -1 for ranks of other processes; one rank is here. `attach` is False if it was
+    `devices` of the whole group has -1 for ranks of other processes; one rank is here. `attach` is False if it was
     done in an earlier round.
     """
     rank = next(r for r, device in enumerate(devices) if device >= 0)
     device = devices[rank]
     address = f"jax_ep-{uuid.uuid4()}"
-    facts = dict(
+    facts: dict[str, Any] = dict(
         rank=rank,
         address=address,
         attach=attach,
     )
-    exported = None
+    exported = []
     if attach:
         _check_allocator()
         exported = _ffi.export_rank(key, rank, _pointer_into_pool(device))
-        facts.update(control_bytes=exported[1], pool_bytes=exported[3])
+        facts.update(bytes=[size for _, size in exported])
     with contextlib.ExitStack() as stack:
         if exported:
-            stack.callback(os.close, exported[0])
-            stack.callback(os.close, exported[2])
-            server = stack.enter_context(_serve(address, exported, len(devices) - 1))
+            fds = [fd for fd, _ in exported]
+            for fd in fds:
+                stack.callback(os.close, fd)
+            server = stack.enter_context(_serve(address, fds, len(meeting.processes) - 1))
         everyone = meeting.exchange(facts)
         _check(everyone, facts)
         if exported:
@@ -144,12 +146,12 @@ def _pointer_into_pool(device: int) -> int:
 class _serve:
     """Send the descriptors of one exported rank to `count` processes, in the background."""
 
-    def __init__(self, address: str, exported: tuple, count: int):
+    def __init__(self, address: str, fds: list[int], count: int):
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.bind("\0" + address)
         self._socket.listen(count)
         self._socket.settimeout(60)
-        self._exported, self._count = exported, count
+        self._fds, self._count = fds, count
         self._thread = threading.Thread(target=self._send, daemon=True)
 
     def _send(self):
@@ -157,7 +159,7 @@ class _serve:
             for _ in range(self._count):
                 connection, _ = self._socket.accept()
                 with connection:
-                    socket.send_fds(connection, [b"x"], [self._exported[0], self._exported[2]])
+                    socket.send_fds(connection, [b"x"], self._fds)
                     connection.recv(1)  # taken
 
     def join(self):
@@ -176,14 +178,9 @@ def _attach(key: str, other: dict) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(60)
         connection.connect("\0" + other["address"])
-        _, fds, _, _ = socket.recv_fds(connection, 1, 2)
+        _, fds, _, _ = socket.recv_fds(connection, 1, len(other["bytes"]))
         try:
-            _ffi.attach_rank(
-                key,
-                other["rank"],
-                (fds[0], other["control_bytes"]),
-                (fds[1], other["pool_bytes"]),
-            )
+            _ffi.attach_rank(key, other["rank"], list(zip(fds, other["bytes"], strict=True)))
         finally:
             for fd in fds:
                 os.close(fd)

@@ -39,6 +39,11 @@ class Rdma:
         transport: "ibgda", where the GPU drives the NIC, or "ibrc", where a thread of the CPU does;
             None: as NVSHMEM's environment has it. Between virtual nodes of one host it is unused.
         arena_bytes: device memory of each rank that other nodes write into.
+        ring_slots: messages on the way at once to each node, and between ranks of a node. This and
+            the next are a group's; the others are the process's, alike in all its groups.
+        ring_slot_bytes: most bytes of one, a multiple of 128. A message holds T/256 tokens at least,
+            so an operation wants about T/256 rows of H. Default: 32 rows of 16 KiB and where they
+            go, enough for 8192 tokens of H=8192 in bfloat16.
     """
 
     service_level: int | None = None
@@ -48,6 +53,8 @@ class Rdma:
     nic_map: tuple[str, ...] = ()
     transport: Literal["ibgda", "ibrc"] | None = "ibgda"
     arena_bytes: int = 2**29
+    ring_slots: int = 16
+    ring_slot_bytes: int = 33 * 2**14
 
     def __post_init__(self):
         for name, top in (("service_level", 15), ("traffic_class", 255), ("gid_index", 255)):
@@ -71,9 +78,15 @@ class Rdma:
             raise ValueError(
                 f"Rdma.transport: expected 'ibgda', 'ibrc' or None, got {self.transport!r}"
             )
-        n = self.arena_bytes
-        if not isinstance(n, int) or isinstance(n, bool) or n < 1:
-            raise ValueError(f"Rdma.arena_bytes: expected a positive int, got {n!r}")
+        for name, unit in (("arena_bytes", 1), ("ring_slots", 1), ("ring_slot_bytes", 128)):
+            n = getattr(self, name)
+            if not isinstance(n, int) or isinstance(n, bool) or n < 1 or n % unit:
+                of = f"a multiple of {unit}" if unit > 1 else "a positive int"
+                raise ValueError(f"Rdma.{name}: expected {of}, got {n!r}")
+        if self.ring_slot_bytes >= 2**31:
+            raise ValueError(
+                f"Rdma.ring_slot_bytes: expected less than {2**31}, got {self.ring_slot_bytes}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

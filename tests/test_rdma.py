@@ -29,6 +29,9 @@ from jax_ep._arena import ALIGNMENT, Arena
         dict(nics=("mlx5_0:1",), nic_map=("mlx5_0:1:2",)),
         dict(transport="tcp"),
         dict(arena_bytes=0),
+        dict(ring_slots=0),
+        dict(ring_slot_bytes=1000),
+        dict(ring_slot_bytes=2**31),
     ],
 )
 def test_settings_that_are_none(wrong):

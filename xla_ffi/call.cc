@@ -67,13 +67,16 @@ bool enter(const Attributes& a, Operation operation, Checker& checker, Call* cal
   return true;
 }
 
-Signature signature_of(const Attributes& a, Operation operation) {
+Signature signature_of(const Attributes& a, const Member& member, Operation operation) {
   const Exchange& x = a.exchange;
   Signature s;
   s.add(static_cast<int>(operation)).add(a.num_sms);
   for (int v :
        {x.num_ranks, x.num_experts, x.num_tokens, x.top_k, x.num_rows, x.alignment, x.batched}) {
     s.add(v);
+  }
+  if (const Nodes* nodes = member.group->nodes()) {
+    s.add(nodes->node_ranks).add(nodes->at.slots).add(nodes->at.slot_bytes);
   }
   return s;
 }
@@ -110,6 +113,13 @@ bool half_of(int64_t phase, Half* out, Checker& checker) {
 bool fits_slots(const Attributes& a, const Member& member, size_t row_bytes, Checker& checker) {
   const Exchange& x = a.exchange;
   const SlotSize& slots = member.group->slots();
+  if (const Nodes* nodes = member.group->nodes()) {
+    checker.fail(
+        "small batches and halves do not go between nodes: expected Config(decode_tokens=0) in "
+        "plain dispatch and combine, got a group of nodes of " +
+        std::to_string(nodes->node_ranks) + " ranks");
+    return false;
+  }
   if (x.num_tokens > slots.tokens || row_bytes > size_t(slots.row_bytes)) {
     checker.fail("expected at most " + std::to_string(slots.tokens) + " tokens of " +
                  std::to_string(slots.row_bytes) + " bytes, got " + std::to_string(x.num_tokens) +
@@ -123,6 +133,19 @@ bool fits_slots(const Attributes& a, const Member& member, size_t row_bytes, Che
                  std::to_string(x.num_experts));
   }
   return checker.ok();
+}
+
+bool fits_rings(const Attributes& a, const Nodes& nodes, const MessageShape& shape,
+                Checker& checker) {
+  if (shape.chunk > 0) return true;
+  const int tokens = std::max(1, ceil_div(a.exchange.num_tokens, kMaxChunks));
+  MessageShape least = shape;
+  least.chunk = tokens;
+  checker.fail("a message of " + std::to_string(tokens) + " tokens between nodes: expected slots " +
+               "of at least " + std::to_string(most_slot_bytes(least)) + " bytes, got " +
+               std::to_string(nodes.at.slot_bytes) +
+               ": raise Rdma.ring_slot_bytes in the Config of jax_ep.initialize");
+  return false;
 }
 
 }  // namespace jax_ep

@@ -55,7 +55,7 @@ bool within_limits(const Attributes& a, Checker& checker);
 bool enter(const Attributes& a, Operation operation, Checker& checker, Call* call, Member* out);
 
 // What must be alike on all ranks, so far.
-Signature signature_of(const Attributes& a, Operation operation);
+Signature signature_of(const Attributes& a, const Member& member, Operation operation);
 
 // Let peers write into a result, `bytes` at `data`, if there is one.
 void lend(const Member& member, Call* call, int slot, const void* data, size_t bytes,
@@ -71,6 +71,10 @@ bool half_of(int64_t phase, Half* out, Checker& checker);
 
 // Whether a small batch fits what the group's slots were made for.
 bool fits_slots(const Attributes& a, const Member& member, size_t row_bytes, Checker& checker);
+
+// Whether a message of `shape` fits the rings of a group that spans nodes.
+bool fits_rings(const Attributes& a, const Nodes& nodes, const MessageShape& shape,
+                Checker& checker);
 
 // In the signature of a small batch: start and done of one operation have one.
 constexpr int kSlots = 1 << 8;

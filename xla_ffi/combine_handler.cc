@@ -46,13 +46,27 @@ ffi::Error combine(cudaStream_t stream, const Attributes& a, bool has_rows, bool
   Member member;
   if (!checker.ok() || !enter(a, Operation::kCombine, checker, &p.call, &member))
     return checker.error();
-  lend(member, &p.call, 0, p.partials, T * slots * partial_bytes, checker);
-  lend(member, &p.call, 1, p.scalars, size_t(T) * K * sizeof(float), checker);
-  if (!checker.ok()) return checker.error();
-  Signature s = signature_of(a, Operation::kCombine);
+  Signature s = signature_of(a, member, Operation::kCombine);
   s.add(H).add(static_cast<int>(type)).add(has_rows).add(has_weights).add(has_scalars);
   s.add(wire).add(power_of_two);
   p.call.signature = s.value();
+  if (const Nodes* nodes = member.group->nodes()) {
+    if (fp8) {
+      checker.fail(
+          "wire_dtype: expected None in a combine between nodes, whose partial sums "
+          "travel in y's type, got float8_e4m3fn");
+      return checker.error();
+    }
+    const NodeCombine q{p, nodes->at,
+                        combine_message(x, static_cast<int>(row_bytes), nodes->at.slot_bytes)};
+    if (!fits_rings(a, *nodes, q.shape, checker)) return checker.error();
+    return launched(
+        nodes->library->launch_combine(q, nodes->elements, element, launch_of(a, member, stream)),
+        "jax_ep_combine between nodes");
+  }
+  lend(member, &p.call, 0, p.partials, T * slots * partial_bytes, checker);
+  lend(member, &p.call, 1, p.scalars, size_t(T) * K * sizeof(float), checker);
+  if (!checker.ok()) return checker.error();
   const Demand of = how == Wire::kCopy ? combine_demand(x.num_ranks, x.top_k) : Demand{};
   return launched(launch_combine(&p, element, how, launch_of(a, member, stream, of)),
                   "jax_ep_combine");

@@ -51,9 +51,18 @@ ffi::Error dispatch(cudaStream_t stream, const Attributes& a, int64_t wire, bool
   lend(member, &p.call, 1, p.row_scales, size_t(rows) * S * sizeof(float), checker);
   lend(member, &p.call, 2, p.row_scalars, size_t(rows) * sizeof(float), checker);
   if (!checker.ok()) return checker.error();
-  Signature s = signature_of(a, Operation::kDispatch);
+  Signature s = signature_of(a, member, Operation::kDispatch);
   s.add(H).add(static_cast<int>(type)).add(wire).add(power_of_two).add(has_scales).add(has_scalars);
   p.call.signature = s.value();
+  if (const Nodes* nodes = member.group->nodes()) {
+    const int values = how == Wire::kDequantized ? p.hidden : p.row_bytes;
+    const int scales = has_scales || how != Wire::kCopy ? static_cast<int>(S) : 0;
+    const NodeDispatch q{p, nodes->at, dispatch_message(x, values, scales, nodes->at.slot_bytes)};
+    if (!fits_rings(a, *nodes, q.shape, checker)) return checker.error();
+    return launched(nodes->library->launch_dispatch(q, nodes->elements, element, how,
+                                                    launch_of(a, member, stream)),
+                    "jax_ep_dispatch between nodes");
+  }
   const Demand of = how == Wire::kCopy ? dispatch_demand(x.num_ranks, x.top_k) : Demand{};
   return launched(launch_dispatch(&p, element, how, p.hidden, launch_of(a, member, stream, of)),
                   "jax_ep_dispatch");

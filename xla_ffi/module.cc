@@ -2,6 +2,7 @@
 // The extension jax_ep._ext: facts about how it was built, and, in a build with CUDA, the groups of
 // this process and the FFI handlers.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -40,14 +41,25 @@ nb::dict default_sms(int sms, double memory_gbs, double link_gbs, int num_ranks,
 }
 
 #ifdef JAX_EP_CUDA
-nb::list control_layout(int num_ranks) {
-  jax_ep::Field fields[jax_ep::kControlFields];
-  jax_ep::control_layout(num_ranks, fields);
+template <size_t kCount>
+nb::list rows_of(const jax_ep::Field (&fields)[kCount]) {
   nb::list rows;
   for (const jax_ep::Field& f : fields) {
     rows.append(nb::make_tuple(f.name, f.writer, f.offset, f.bytes));
   }
   return rows;
+}
+
+nb::list control_layout(int num_ranks) {
+  jax_ep::Field fields[jax_ep::kControlFields];
+  jax_ep::control_layout(num_ranks, fields);
+  return rows_of(fields);
+}
+
+nb::list ring_layout(int num_ranks, int node_ranks, int slots, int slot_bytes) {
+  jax_ep::Field fields[jax_ep::kRingFields];
+  jax_ep::rings_of(num_ranks, node_ranks, {slots, slot_bytes}, fields);
+  return rows_of(fields);
 }
 
 nb::list read_stats() {
@@ -93,13 +105,34 @@ NB_MODULE(_ext, m) {
   m.def("make_group", &jax_ep::make_group, no_gil,
         "Make the group `key`: the CUDA device of each rank, -1 for ranks of other processes.");
   m.def(
+      "make_node_group",
+      [](const std::string& key, const std::vector<int>& devices, uint64_t address, int node_ranks,
+         const std::vector<int>& elements, int ring_slots, int ring_slot_bytes) {
+        return jax_ep::make_node_group(
+            key, devices, {address, node_ranks, elements, {ring_slots, ring_slot_bytes}});
+      },
+      no_gil,
+      "The same of a group that spans nodes: where its piece of the arena is on this rank, ranks "
+      "of "
+      "a node, NVSHMEM's rank of each, slots of a ring and bytes of one.");
+  m.def(
       "export_rank",
       [](const std::string& key, int rank, uint64_t in_pool) {
-        const jax_ep::ExportedRank e = jax_ep::export_rank(key, rank, in_pool);
-        return nb::make_tuple(e.control.fd, e.control.range.bytes, e.pool.fd, e.pool.range.bytes);
+        std::vector<std::pair<int, size_t>> exported;
+        for (const jax_ep::Exported& e : jax_ep::export_rank(key, rank, in_pool)) {
+          exported.emplace_back(e.fd, e.range.bytes);
+        }
+        return exported;
       },
-      "Descriptor and bytes of a rank's control block, and of the memory around `in_pool`.");
-  m.def("attach_rank", &jax_ep::attach_rank, no_gil, "Map what another process exported.");
+      "Descriptor and bytes of the memory around `in_pool`, and of a rank's control block.");
+  m.def(
+      "attach_rank",
+      [](const std::string& key, int rank, const std::vector<std::pair<int, size_t>>& exported) {
+        std::vector<jax_ep::Exported> its;
+        for (const auto& [fd, bytes] : exported) its.push_back({fd, {nullptr, bytes}});
+        jax_ep::attach_rank(key, rank, its);
+      },
+      no_gil, "Map what another process exported.");
   m.def("start_group", &jax_ep::start_group, no_gil,
         "Start a generation of the group `key`, in use under `signature`.");
   m.def("is_broken", &jax_ep::is_broken, no_gil,
@@ -133,6 +166,8 @@ NB_MODULE(_ext, m) {
         "What went wrong first; empty if nothing did.");
   m.def("describe_groups", &jax_ep::describe_groups, "One line for each group.");
   m.def("control_layout", &control_layout, "Name, writer, offset and bytes of each control field.");
+  m.def("ring_layout", &ring_layout,
+        "The same of the rings behind it, in a group that spans nodes.");
   jax_ep::define_rdma(m);
 #endif
 }

@@ -22,8 +22,17 @@ ffi::Error plan(cudaStream_t stream, const Attributes& a, ffi::RemainingArgs arg
   Member member;
   if (!checker.ok() || !enter(a, Operation::kPlan, checker, &p.call, &member))
     return checker.error();
-  p.call.signature = signature_of(a, Operation::kPlan).value();
-  return launched(launch_plan(&p, x, launch_of(a, member, stream)), "jax_ep_plan");
+  p.call.signature = signature_of(a, member, Operation::kPlan).value();
+  const Launch how = launch_of(a, member, stream);
+  if (const Nodes* nodes = member.group->nodes()) {
+    Call call = p.call;
+    call.operation = Operation::kRouting;
+    call.signature = signature_of(a, member, Operation::kRouting).value();
+    const NodeRouting routing{call, p.call.signature, x, p.topk_idx, nodes->at};
+    const cudaError_t error = nodes->library->launch_routing(routing, nodes->elements, how);
+    if (error != cudaSuccess) return launched(error, "jax_ep_plan, routing between nodes");
+  }
+  return launched(launch_plan(&p, x, how), "jax_ep_plan");
 }
 
 XLA_FFI_DEFINE_HANDLER(handler, with_attributes("jax_ep_plan", plan),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "registry.h"
 
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -45,31 +46,51 @@ std::string join(const std::vector<int>& v) {
   return s;
 }
 
+std::string describe(const Group& group) {
+  const std::string control =
+      "control block of " + std::to_string(group.control_bytes()) + " bytes on each, ";
+  if (const Nodes* nodes = group.nodes()) {
+    return control + "nodes of " + std::to_string(nodes->node_ranks) + ", rings of " +
+           std::to_string(nodes->at.slots) + " slots of " + std::to_string(nodes->at.slot_bytes) +
+           " bytes: " + std::to_string(nodes->at.total - group.control_bytes()) + " on each";
+  }
+  return control + "slots of " + std::to_string(slot_bytes(group.num_ranks(), group.slots())) +
+         " for " + std::to_string(group.slots().tokens) + " tokens of " +
+         std::to_string(group.slots().row_bytes) + " bytes";
+}
+
+bool make(const std::string& key, const std::function<std::unique_ptr<Group>()>& make_new) {
+  Registry& r = registry();
+  const std::lock_guard<std::mutex> lock(r.setup);
+  std::unique_ptr<Group>& group = r.groups[key];
+  if (group == nullptr) group = make_new();
+  return !group->complete();
+}
+
 }  // namespace
 
 bool make_group(const std::string& key, const std::vector<int>& devices, int slot_tokens,
                 int slot_row_bytes) {
-  Registry& r = registry();
-  const std::lock_guard<std::mutex> lock(r.setup);
-  std::unique_ptr<Group>& group = r.groups[key];
-  if (group == nullptr)
-    group = std::make_unique<Group>(devices, SlotSize{slot_tokens, slot_row_bytes});
-  return !group->complete();
+  return make(
+      key, [&] { return std::make_unique<Group>(devices, SlotSize{slot_tokens, slot_row_bytes}); });
 }
 
-ExportedRank export_rank(const std::string& key, int rank, uint64_t in_pool) {
-  Registry& r = registry();
-  const std::lock_guard<std::mutex> lock(r.setup);
-  Group& group = r.group(key);
-  return {group.export_control(rank),
-          group.export_pool(rank, reinterpret_cast<const void*>(in_pool))};
+bool make_node_group(const std::string& key, const std::vector<int>& devices, const Piece& piece) {
+  return make(key, [&] {
+    return std::make_unique<Group>(devices, SlotSize{0, 0}, nodes_in(piece, devices));
+  });
 }
 
-void attach_rank(const std::string& key, int rank, int control_fd, uint64_t control_bytes,
-                 int pool_fd, uint64_t pool_bytes) {
+std::vector<Exported> export_rank(const std::string& key, int rank, uint64_t in_pool) {
   Registry& r = registry();
   const std::lock_guard<std::mutex> lock(r.setup);
-  r.group(key).attach(rank, control_fd, control_bytes, pool_fd, pool_bytes);
+  return r.group(key).export_rank(rank, reinterpret_cast<const void*>(in_pool));
+}
+
+void attach_rank(const std::string& key, int rank, const std::vector<Exported>& exported) {
+  Registry& r = registry();
+  const std::lock_guard<std::mutex> lock(r.setup);
+  r.group(key).attach(rank, exported);
 }
 
 void start_group(const std::string& signature, const std::string& key, uint64_t generation,
@@ -186,12 +207,8 @@ std::vector<std::string> describe_groups() {
   std::vector<std::string> lines;
   for (const auto& [signature, entry] : r.in_use) {
     for (const Group* group : entry.groups) {
-      lines.push_back("group " + signature + " on GPUs " + join(group->devices()) +
-                      ": control block of " + std::to_string(group->control_bytes()) +
-                      " bytes on each, slots of " +
-                      std::to_string(slot_bytes(group->num_ranks(), group->slots())) + " for " +
-                      std::to_string(group->slots().tokens) + " tokens of " +
-                      std::to_string(group->slots().row_bytes) + " bytes");
+      lines.push_back("group " + signature + " on GPUs " + join(group->devices()) + ": " +
+                      describe(*group));
     }
   }
   return lines;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../csrc/runtime/group.h"
+#include "nodes.h"
 
 namespace jax_ep {
 
@@ -22,14 +23,13 @@ struct Member {
 bool make_group(const std::string& key, const std::vector<int>& devices, int slot_tokens,
                 int slot_row_bytes);
 
-// What another process needs of a rank here: descriptor and bytes of its control block, and of the
-// memory that `in_pool` lies in. The caller closes the descriptors.
-struct ExportedRank {
-  Exported control, pool;
-};
-ExportedRank export_rank(const std::string& key, int rank, uint64_t in_pool);
-void attach_rank(const std::string& key, int rank, int control_fd, uint64_t control_bytes,
-                 int pool_fd, uint64_t pool_bytes);
+// The same of a group that spans nodes and has `piece`.
+bool make_node_group(const std::string& key, const std::vector<int>& devices, const Piece& piece);
+
+// What another process needs of a rank here, as Group has it, and the same from another process.
+// The caller closes the descriptors.
+std::vector<Exported> export_rank(const std::string& key, int rank, uint64_t in_pool);
+void attach_rank(const std::string& key, int rank, const std::vector<Exported>& exported);
 
 // Start a generation of the group `key` and put it in use under `signature`.
 void start_group(const std::string& signature, const std::string& key, uint64_t generation,

@@ -51,7 +51,7 @@ ffi::Error slot_combine(cudaStream_t stream, const Attributes& a, int64_t phase,
       !fits_slots(a, member, size_t(H) * element_bytes(element), checker)) {
     return checker.error();
   }
-  Signature s = signature_of(a, Operation::kCombine);
+  Signature s = signature_of(a, member, Operation::kCombine);
   s.add(kSlots).add(H).add(static_cast<int>(type)).add(has_weights).add(wire).add(power_of_two);
   p.call.signature = s.value();
   return launched(launch_slot_combine(&p, x, element, H, launch_of(a, member, stream)),

@@ -56,7 +56,7 @@ ffi::Error slot_dispatch(cudaStream_t stream, const Attributes& a, int64_t phase
       !fits_slots(a, member, size_t(H) * element_bytes(element), checker)) {
     return checker.error();
   }
-  Signature s = signature_of(a, Operation::kDispatch);
+  Signature s = signature_of(a, member, Operation::kDispatch);
   s.add(kSlots).add(H).add(static_cast<int>(type)).add(wire).add(power_of_two);
   s.add(has_scales).add(has_scalars);
   p.call.signature = s.value();

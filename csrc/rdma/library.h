@@ -12,7 +12,7 @@
 namespace jax_ep::rdma {
 
 // Grows with every change of `Table`; the extension refuses another number.
-constexpr int kTableVersion = 2;
+constexpr int kTableVersion = 3;
 
 constexpr size_t kUniqueIdBytes = 128;
 

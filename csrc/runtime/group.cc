@@ -97,8 +97,8 @@ void require(cudaError_t error, const char* what) {
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-Group::Group(std::vector<int> devices, const SlotSize& slots)
-    : devices_(std::move(devices)), slots_(slots) {
+Group::Group(std::vector<int> devices, const SlotSize& slots, std::optional<Nodes> nodes)
+    : devices_(std::move(devices)), slots_(slots), nodes_(std::move(nodes)) {
   const int R = num_ranks();
   if (R < 1 || R > kMaxRanks) {
     throw std::runtime_error("group: expected 1 to " + std::to_string(kMaxRanks) + " ranks, got " +
@@ -126,12 +126,13 @@ Group::Group(std::vector<int> devices, const SlotSize& slots)
       require(load_combine(), "loading the combine kernels");
       require(load_slot_dispatch(), "loading the dispatch kernels of small batches");
       require(load_slot_combine(), "loading the combine kernels of small batches");
+      if (nodes_) require(nodes_->library->load_kernels(), "loading the kernels between nodes");
       speeds_[device] = speeds_of(device);
-      control_[device].resize(R);
+      control_[device] = nodes_ ? nodes_->control : std::vector<char*>(R);
       pool_[device].resize(R);
     }
     for (int r = 0; r < R; ++r) {
-      if (devices_[r] < 0) continue;
+      if (devices_[r] < 0 || nodes_) continue;
       OnDevice on(devices_[r]);
       char* block = nullptr;
       if (spans_processes_) {
@@ -151,32 +152,32 @@ Group::Group(std::vector<int> devices, const SlotSize& slots)
   }
 }
 
-Exported Group::export_control(int rank) const {
+std::vector<Exported> Group::export_rank(int rank, const void* in_pool) {
   OnDevice on(devices_[rank]);
-  return export_allocation(control_.at(devices_[rank])[rank]);
+  std::vector<Exported> exported = {export_allocation(in_pool)};
+  own_pool_[rank] = exported[0].range;
+  pool_[devices_[rank]][rank] = exported[0].range.base;
+  if (!nodes_) exported.push_back(export_allocation(control_.at(devices_[rank])[rank]));
+  return exported;
 }
 
-Exported Group::export_pool(int rank, const void* in_pool) {
-  OnDevice on(devices_[rank]);
-  const Exported pool = export_allocation(in_pool);
-  own_pool_[rank] = pool.range;
-  pool_[devices_[rank]][rank] = pool.range.base;
-  return pool;
-}
-
-void Group::attach(int rank, int control_fd, size_t control_bytes, int pool_fd, size_t pool_bytes) {
+void Group::attach(int rank, const std::vector<Exported>& exported) {
+  auto import = [](const Exported& e, int device) {
+    return import_allocation(e.fd, e.range.bytes, device).base;
+  };
   for (auto& [device, control] : control_) {
     OnDevice on(device);
-    control[rank] = import_allocation(control_fd, control_bytes, device).base;
-    pool_[device][rank] = import_allocation(pool_fd, pool_bytes, device).base;
+    pool_[device][rank] = import(exported.at(0), device);
+    if (!nodes_) control[rank] = import(exported.at(1), device);
   }
 }
 
 bool Group::complete() const {
   for (const auto& [device, control] : control_) {
     for (int r = 0; r < num_ranks(); ++r) {
+      if (nodes_ && nodes_->control[r] == nullptr) continue;  // on another node
       if (control[r] == nullptr) return false;
-      if (spans_processes_ && pool_.at(device)[r] == nullptr) return false;
+      if (shares_pools() && pool_.at(device)[r] == nullptr) return false;
     }
   }
   return true;
@@ -217,8 +218,8 @@ void Group::reset(uint64_t generation, double timeout_s, int ranks_per_device) {
     p.slots = slot_layout(slots_);
     p.rank = r;
     p.num_ranks = R;
-    p.node_first = 0;
-    p.node_ranks = R;
+    p.node_first = node_of(r);
+    p.node_ranks = node_ranks();
   }
 }
 
@@ -249,7 +250,7 @@ int Group::default_sms(int rank, const Demand& of) const {
 
 bool Group::locate(int rank, const void* pointer, Location* out) const {
   const auto* p = static_cast<const char*>(pointer);
-  if (!spans_processes_) {
+  if (!shares_pools()) {
     *out = Location{reinterpret_cast<uint64_t>(p), 0, 0};
     return true;
   }

@@ -5,10 +5,12 @@
 #pragma once
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "../kernels/launch.h"
+#include "nodes.h"
 #include "shared_memory.h"
 #include "speeds.h"
 
@@ -17,20 +19,22 @@ namespace jax_ep {
 class Group {
  public:
   // `devices[r]`: the CUDA device of rank r, ranks may share one; -1 for a rank of another process,
-  // which `attach` completes. `slots`: what small batches may have. Throws std::runtime_error.
-  explicit Group(std::vector<int> devices, const SlotSize& slots = {});
+  // which `attach` completes. `slots`: what small batches may have. `nodes`: of a group that spans
+  // nodes, whose ranks are one in each process; it has no small batches. Throws
+  // std::runtime_error.
+  explicit Group(std::vector<int> devices, const SlotSize& slots = {},
+                 std::optional<Nodes> nodes = {});
   ~Group();
   Group(const Group&) = delete;
   Group& operator=(const Group&) = delete;
 
-  // Several processes: what peers need of a rank here, its control block and the memory that XLA
-  // has for it (`in_pool` points into it); and the same of a rank elsewhere, mapped for all devices
-  // here. Descriptors belong to the caller.
-  Exported export_control(int rank) const;
-  Exported export_pool(int rank, const void* in_pool);
-  void attach(int rank, int control_fd, size_t control_bytes, int pool_fd, size_t pool_bytes);
+  // Several processes: what peers of the node need of a rank here, the memory that XLA has for it
+  // (`in_pool` points into it), then its control block, unless that is in the arena; and the same
+  // of a rank elsewhere, mapped for all devices here. Descriptors belong to the caller.
+  std::vector<Exported> export_rank(int rank, const void* in_pool);
+  void attach(int rank, const std::vector<Exported>& exported);
 
-  // Whether every rank is here or attached.
+  // Whether every rank of the node is here or attached.
   bool complete() const;
 
   // Start generation number `generation`: epochs from 0, no failure. No operation may run, of any
@@ -43,6 +47,7 @@ class Group {
   const SlotSize& slots() const { return slots_; }
   int ranks_per_device() const { return ranks_per_device_; }
   bool spans_processes() const { return spans_processes_; }
+  const Nodes* nodes() const { return nodes_ ? &*nodes_ : nullptr; }
 
   // SMs that an operation of a rank here may take, and takes by default: ranks that share a GPU
   // share them, as their kernels wait for each other.
@@ -64,11 +69,19 @@ class Group {
 
  private:
   void release() noexcept;
-  // Of a rank: its control block, then its slots.
-  size_t shared_bytes() const { return control_bytes() + slot_bytes(num_ranks(), slots_); }
+  // Of a rank: its control block, then its slots or its rings.
+  size_t shared_bytes() const {
+    return nodes_ ? nodes_->at.total : control_bytes() + slot_bytes(num_ranks(), slots_);
+  }
+  int node_ranks() const { return nodes_ ? nodes_->node_ranks : num_ranks(); }
+  // The first rank of the node of `rank`.
+  int node_of(int rank) const { return rank / node_ranks() * node_ranks(); }
+  // Whether peers write into XLA's memory of other processes.
+  bool shares_pools() const { return spans_processes_ && node_ranks() > 1; }
 
   std::vector<int> devices_;
   SlotSize slots_;
+  std::optional<Nodes> nodes_;
   double timeout_s_ = 0;
   int ranks_per_device_ = 1;
   bool spans_processes_ = false;

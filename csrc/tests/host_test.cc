@@ -242,6 +242,10 @@ void messages_fit_their_slots() {
       EXPECT(scaled.row_bytes == 7168 + 224 && combine_message(x, 0, 1024 * 8).chunk > 0);
     }
   }
+  constexpr int kDefaultSlotBytes = 33 << 14;  // Rdma.ring_slot_bytes
+  const Exchange x{16, 256, 8192, 8, 64, 1, 0};
+  EXPECT(dispatch_message(x, 16384, 0, kDefaultSlotBytes).chunk == 32);
+  EXPECT(combine_message(x, 16384, kDefaultSlotBytes).chunk == 32);
 }
 
 void every_block_has_a_role_between_nodes() {
