@@ -2,6 +2,7 @@
 """How nodes_program.py runs checks in step with the other processes."""
 
 import os
+import sys
 import time
 import traceback
 from typing import Any
@@ -20,6 +21,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_shard_au
 
 TIMEOUT_S = 5.0
 E_LOCAL = 4
+MOST_FAILURES = 5
 SMALL = jax_ep.Rdma(ring_slots=2, ring_slot_bytes=2**15)  # credits are needed within an operation
 
 
@@ -88,6 +90,9 @@ class Checks:
             print("   faults:", {p: s["fault"] for p, s in said.items()}, flush=True)
             time.sleep(0.5)
             self.initialize(*self.started)
+        if len(self.failed) == MOST_FAILURES:
+            self.conclude()
+            sys.exit("stopped early")
 
     def conclude(self):
         failed = f"{len(self.failed)} of {self.done} checks failed: {self.failed}"

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step of nodes_program.py that times both paths on the same GPUs."""
 
+import functools
 import time
 from typing import Any
 
@@ -65,18 +66,18 @@ def timing(checks: Checks, H=7168, K=8, E=256, loop=10):
         x, idx, w = jax.jit(draw, out_shardings=NamedSharding(mesh, spec))()
         dispatch = lambda x, idx, w: jax_ep.dispatch(x, idx, w, **options)
         d = mapped(dispatch, x, idx, w)(x, idx, w)
-        combine = lambda y, handle, w: jax_ep.combine(y, handle, weights=w)
-        rows = d.tokens, d.handle, d.weights
-        out = mapped(combine, *rows)(*rows)
-        us = (
-            median_us(mapped(turns(lambda *a: dispatch(*a).tokens), x, idx, w), x, idx, w),
-            median_us(mapped(turns(combine), *rows), *rows),
-        )
+        tokens = mapped(turns(lambda *a: dispatch(*a).tokens), x, idx, w)
+        us, out = {"dispatch with plan": median_us(tokens, x, idx, w)}, None
+        if wire_dtype is None:  # combine has no other between nodes
+            combine = lambda y, handle, w: jax_ep.combine(y, handle, weights=w)
+            rows = d.tokens, d.handle, d.weights
+            out = mapped(combine, *rows)(*rows)
+            us["combine"] = median_us(mapped(turns(combine), *rows), *rows)
         kept[name] = us, d, out
         print(
             f"timing {name} {checks.R // checks.node_ranks}x{checks.node_ranks} T={T} H={H} K={K} "
-            f"E={E} {'fp8' if wire_dtype else 'bf16'}: dispatch with plan {us[0]:.0f} us, combine "
-            f"{us[1]:.0f} us",
+            f"E={E} {'fp8' if wire_dtype else 'bf16'}:",
+            ", ".join(f"{what} {took:.0f} us" for what, took in us.items()),
             flush=True,
         )
 
@@ -87,14 +88,16 @@ def timing(checks: Checks, H=7168, K=8, E=256, loop=10):
             rows = int(np.sum(np.asarray(near.group_sizes.addressable_shards[0].data)))
             a, b = (lax.bitcast_convert_type(s.data[:rows], jnp.uint16) for s in (a, b))
             assert bool(jnp.all(a == b)), "rows differ"
-        for a, b in zip(near_out.addressable_shards, out.addressable_shards, strict=True):
+        shards = ([] if o is None else o.addressable_shards for o in (near_out, out))
+        for a, b in zip(*shards, strict=True):
             a, b = a.data.astype(jnp.float32), b.data.astype(jnp.float32)
             most = float(jnp.max(jnp.abs(a - b)))
             assert most < 0.05 * float(jnp.max(jnp.abs(a))), f"sums differ by {most}"
-        print(f"timing ratio: dispatch {us[0] / near_us[0]:.2f}, combine {us[1] / near_us[1]:.2f}")
+        ratios = (f"{what} {us[what] / near_us[what]:.2f}" for what in us)
+        print("timing ratio to inside a node:", ", ".join(ratios), flush=True)
 
-    for wire_dtype in (None, FP8):
+    for wire, wire_dtype in (("bf16", None), ("fp8", FP8)):
         kept.clear()
         for name in ("near", "timed"):
-            checks(f"timing {name} {wire_dtype}", lambda: times(name, wire_dtype))  # noqa: B023
-        checks(f"full size alike {wire_dtype}", compare)
+            checks(f"{wire} {name}", functools.partial(times, name, wire_dtype))
+        checks(f"{wire} at full size alike", compare)
