@@ -10,7 +10,6 @@ import pytest
 
 from jax_ep import _rendezvous
 
-
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="Linux, as CUDA is")
 
 
