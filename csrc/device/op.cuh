@@ -172,7 +172,7 @@ class Op {
     unsigned long long count = 0;
     if (lane < kHeaderLine || (lane == kSlotLeft && is_first)) word = load_relaxed(at);
     if (lane == kTicket && ticket != nullptr) given = *ticket;
-    if (lane == kBeganAtWord && is_first) word = now_ns();
+    if (call.stats != nullptr && lane == kBeganAtWord && is_first) word = now_ns();
     if (lane == kBegan && is_first) count = atomicAdd(&mine.began, 1ull);
     if (lane == kTicket) word = given;
     if (lane == kBegan) word = count;

@@ -20,17 +20,29 @@
 namespace jax_ep {
 namespace {
 
-constexpr int kWirePercent = 50;  // of blocks
-constexpr int kFp8WirePercent = 36;
+// Blocks that push, of all. Where rows go as they are, few keep the link busy, and more only make
+// its queue longer, in which flags wait; quantising takes more.
+constexpr int kWirePercent = 50, kMostWireBlocks = 19;
+constexpr int kQuantizedWirePercent = 36, kDequantizedWirePercent = 25;
+
+template <Wire W>
+__device__ Roles roles_of(const DispatchParams& p, int num_ranks) {
+  const int percent = W == Wire::kCopy        ? kWirePercent
+                      : W == Wire::kQuantized ? kQuantizedWirePercent
+                                              : kDequantizedWirePercent;
+  Roles r = split_roles(gridDim.x, num_ranks, p.wire_percent > 0 ? p.wire_percent : percent);
+  if (W == Wire::kCopy && p.wire_percent == 0 && r.wire > kMostWireBlocks) {
+    r = {kMostWireBlocks, int(gridDim.x) - kMostWireBlocks};
+  }
+  return r;
+}
 
 template <Wire W, typename T>
 __device__ void dispatch_body(const DispatchParams& p) {
   extern __shared__ float held_scales[];
   const Op op(p.call);
   const int tokens = p.exchange.num_tokens, chunk = chunk_tokens(tokens, kMaxChunks);
-  const int percent = W == Wire::kCopy ? kWirePercent : kFp8WirePercent;
-  const Body b{p, op, split_roles(gridDim.x, op.R, p.wire_percent > 0 ? p.wire_percent : percent),
-               chunk, ceil_div(tokens, chunk)};
+  const Body b{p, op, roles_of<W>(p, op.R), chunk, ceil_div(tokens, chunk)};
   if (!op.began_broken()) {
     if (blockIdx.x == 0) lend_outputs(op);
     if (int(blockIdx.x) < b.roles.wire) push_tokens<W, T>(b);
