@@ -54,9 +54,8 @@ class World:
 
 class _State:
     world: World | None = None
-    last: World | None = None  # the same, or one that was stopped
     rounds = 0  # of start, counted alike in every process
-    abandoned = ""  # why NVSHMEM was left as it was
+    ended = ""  # how NVSHMEM ended here, which starts once in a process
 
 
 def world() -> World | None:
@@ -78,9 +77,8 @@ def start(devices: list[Device], hosts: dict[int, str], rdma: Rdma) -> World:
         RuntimeError: on every process, naming the rank that cannot start, and why.
     """
     processes = tuple(sorted({d.process_index for d in devices}))
-    if _State.last is not None:
-        _check_same(_State.last, processes, rdma)
     if _State.world is not None:
+        _check_same(_State.world, processes, rdma)
         return _State.world
     _State.rounds += 1
     me = jax.process_index()
@@ -92,8 +90,7 @@ def start(devices: list[Device], hosts: dict[int, str], rdma: Rdma) -> World:
     os.environ.update(variables)
     ext: Any = _ffi.rdma()
     rank, num_ranks = processes.index(me), len(processes)
-    # A second start finds the connections of the first one, and ignores the id.
-    unique_id = ext.rdma_unique_id() if rank == 0 and _State.last is None else bytes(128)
+    unique_id = ext.rdma_unique_id() if rank == 0 else bytes(128)
     ids = _exchange("id", devices, {"id": unique_id.hex()})
     unique_id = bytes.fromhex(ids[processes[0]]["id"])
     _together(
@@ -120,7 +117,6 @@ def start(devices: list[Device], hosts: dict[int, str], rdma: Rdma) -> World:
         direct=tuple(bool(ext.rdma_peer(address, r)) for r in range(num_ranks)),
         round=_State.rounds,
     )
-    _State.last = _State.world
     for line in _State.world.describe():
         _log.info("jax_ep: %s", line)
     return _State.world
@@ -148,8 +144,8 @@ def stop(dead: str = "") -> None:
             _bounded("stopping NVSHMEM", STEP_TIMEOUT_S, free_and_stop)
         except RuntimeError as error:
             dead = str(error)
+    _State.ended = f"left behind: {dead}" if dead else "stopped by jax_ep.finalize"
     if dead:
-        _State.abandoned = dead
         _log.warning("jax_ep: NVSHMEM was not stopped: %s", dead)
 
 
@@ -186,13 +182,11 @@ def _agree_to_start(
     try:
         here = _rdma_checks.look(mine, variables)
         library = here.library
-        found = _rdma_checks.problems(
-            here, rdma, len(names), num_hosts, may_be_bootstrapped=_State.last is not None
-        )
+        found = _rdma_checks.problems(here, rdma, len(names), num_hosts)
     except Exception as error:  # others wait for this process's word
         found = [f"{type(error).__name__}: {error}"]
-    if _State.abandoned:
-        found.append(f"expected a new process, as NVSHMEM was left behind: {_State.abandoned}")
+    if _State.ended:  # NVSHMEM's own second start in a process ends it
+        found = [f"expected a new process, as NVSHMEM was {_State.ended}"]
     alike = {
         "Config.rdma": repr(rdma),
         "NVSHMEM": ".".join(map(str, library.found[:2])) if library else "",
@@ -220,7 +214,7 @@ def _together(step: str, devices: list[Device], names: dict[int, str], function)
         everyone = _exchange(step, devices, {"problems": said})
         _rdma_checks.raise_if_any({names[p]: everyone[p]["problems"] for p in everyone})
     except RuntimeError as error:  # NVSHMEM has started on some
-        _State.abandoned = f"a rank could not be {step}"
+        _State.ended = f"left behind: a rank could not be {step}"
         if said and said[0] not in str(error):
             raise RuntimeError(f"{error}; here: {said[0]}") from error
         raise

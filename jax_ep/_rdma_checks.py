@@ -51,7 +51,7 @@ def look(devices: list[int], variables: dict[str, str]) -> Here:
     )
 
 
-def problems(here: Here, rdma: Rdma, num_ranks: int, num_hosts: int, may_be_bootstrapped: bool):
+def problems(here: Here, rdma: Rdma, num_ranks: int, num_hosts: int):
     """What keeps this process from starting NVSHMEM, a sentence each.
 
     Args:
@@ -59,7 +59,6 @@ def problems(here: Here, rdma: Rdma, num_ranks: int, num_hosts: int, may_be_boot
         rdma: as in `Config`.
         num_ranks: processes that start together.
         num_hosts: hosts that they are on.
-        may_be_bootstrapped: whether an earlier start and stop of ours left NVSHMEM bootstrapped.
 
     Returns:
         list[str], empty if all is well.
@@ -70,7 +69,7 @@ def problems(here: Here, rdma: Rdma, num_ranks: int, num_hosts: int, may_be_boot
     if here.num_gpus != 1:
         found.append(f"expected one process for each GPU, got {here.num_gpus} in one process")
     status = here.library.status
-    if status > (1 if may_be_bootstrapped else 0):
+    if status > 0:
         found.append(
             "expected NVSHMEM not to be in use in this process, got one of status "
             f"{status}, {here.library.path}: another library started it"

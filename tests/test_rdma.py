@@ -136,16 +136,15 @@ HERE = _rdma_checks.Here(
 )
 
 
-def problems(rdma=None, ranks=16, hosts=2, again=False, **changes):
+def problems(rdma=None, ranks=16, hosts=2, **changes):
     here = dataclasses.replace(HERE, **changes)
-    return _rdma_checks.problems(here, rdma or jax_ep.Rdma(), ranks, hosts, again)
+    return _rdma_checks.problems(here, rdma or jax_ep.Rdma(), ranks, hosts)
 
 
 def test_nothing_is_wrong():
     assert problems() == []
     assert problems(hosts=1, nics=()) == []
     assert problems(jax_ep.Rdma(transport=None), nics=()) == []
-    assert problems(again=True, library=LIBRARY._replace(status=1)) == []
     assert problems(open_files=-1) == []  # unlimited
 
 
