@@ -17,7 +17,7 @@
 namespace jax_ep {
 
 // Warps of a block: the last one, the post warp, publishes what the data warps have pushed.
-constexpr int kSlotThreads = 1024;
+constexpr int kSlotThreads = kFullBlock;
 constexpr int kDataWarps = kSlotThreads / 32 - 1;
 constexpr int kDataThreads = 32 * kDataWarps;
 

@@ -7,8 +7,8 @@ namespace jax_ep {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
 
-#ifdef JAX_EP_EMULATION  // where each thread costs a stack
-constexpr int kFullBlock = 64;
+#ifdef JAX_EP_EMULATION  // as many as it says: each thread costs a stack
+constexpr int kFullBlock = JAX_EP_EMULATION;
 #else
 constexpr int kFullBlock = 1024;
 #endif

@@ -18,6 +18,7 @@
 // `start` and `done` are one launch or two. Products are rounded to float32 before they are added,
 // partials to y's type, the own one too: the large path's bits. Slots, and who may overwrite them
 // when: device/slots.cuh.
+#include "../device/kernel.cuh"
 #include "../device/rows.cuh"
 #include "../device/slots.cuh"
 #include "launch.h"
@@ -364,14 +365,14 @@ cudaError_t launch(const SlotCombineParams* params, const Exchange& e, int hidde
   const int blocks = min_int(how.num_sms, max_int(e.num_ranks - 1, 1) * e.num_tokens);
   const SlotCombineSizes sizes(e, blocks, hidden * int(sizeof(T)) / int(sizeof(Vec)));
   if (how.all_ranks == 0) {
-    slot_combine_kernel<T><<<blocks, kSlotThreads, 0, how.stream>>>(*params, sizes);
-  } else if constexpr (kAllRanks) {
-    slot_combine_all_ranks<T>
-        <<<dim3(blocks, how.all_ranks), kSlotThreads, 0, how.stream>>>(params, sizes);
-  } else {
-    return cudaErrorNotSupported;
+    return launch_kernel(slot_combine_kernel<T>, blocks, kSlotThreads, 0, how.stream, *params,
+                         sizes);
   }
-  return cudaGetLastError();
+  if constexpr (kAllRanks) {
+    return launch_kernel(slot_combine_all_ranks<T>, dim3(blocks, how.all_ranks), kSlotThreads, 0,
+                         how.stream, params, sizes);
+  }
+  return cudaErrorNotSupported;
 }
 
 }  // namespace

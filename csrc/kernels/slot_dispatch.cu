@@ -17,6 +17,7 @@
 //
 // `start` and `done` are one launch or two. Nothing of ours is resident between the two. Rows are
 // the large path's, bit for bit. Slots, and who may overwrite them when: device/slots.cuh.
+#include "../device/kernel.cuh"
 #include "slot_rows.cuh"
 
 namespace jax_ep {
@@ -237,11 +238,10 @@ __device__ void run_post_warp(const SlotDispatchParams& p, const SlotDispatchSiz
 
 template <Wire W, typename T>
 __device__ void dispatch_body(const SlotDispatchParams& p, const SlotDispatchSizes& sizes) {
-  extern __shared__ __align__(16) char base[];
   __shared__ bool planned;
   const Share share(sizes.by_blocks, p.call.peers.rank, p.call.peers.num_ranks,
                     p.exchange.num_tokens);
-  const SlotShared shared(base, p.exchange);
+  const SlotShared shared(dynamic_shared(), p.exchange);
   const Early early = load_early(p, sizes, share.own);
   if (!is_post_warp()) shared.clear(p.exchange);
   SlotOp::open();
@@ -289,14 +289,14 @@ cudaError_t launch(const SlotDispatchParams* params, const Exchange& e, Element 
   const SlotDispatchSizes sizes = sizes_of<W, T>(e, blocks, hidden, x);
   const size_t shared = SlotShared::bytes(e);
   if (how.all_ranks == 0) {
-    slot_dispatch_kernel<W, T><<<blocks, kSlotThreads, shared, how.stream>>>(*params, sizes);
-  } else if constexpr (kAllRanks) {
-    slot_dispatch_all_ranks<W, T>
-        <<<dim3(blocks, how.all_ranks), kSlotThreads, shared, how.stream>>>(params, sizes);
-  } else {
-    return cudaErrorNotSupported;
+    return launch_kernel(slot_dispatch_kernel<W, T>, blocks, kSlotThreads, shared, how.stream,
+                         *params, sizes);
   }
-  return cudaGetLastError();
+  if constexpr (kAllRanks) {
+    return launch_kernel(slot_dispatch_all_ranks<W, T>, dim3(blocks, how.all_ranks), kSlotThreads,
+                         shared, how.stream, params, sizes);
+  }
+  return cudaErrorNotSupported;
 }
 
 template <Wire W, typename T>

@@ -11,6 +11,7 @@
 
 #include "harness.cuh"
 #include "options.h"
+#include "random_case.h"
 #include "semantics.h"
 
 namespace jax_ep {
@@ -22,83 +23,6 @@ struct Options {
 };
 
 constexpr SlotSize kSlots{80, 16384};
-
-Case random_case(std::mt19937& rng, const Options& o, int R) {
-  auto pick = [&](int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng); };
-  auto chance = [&](double p) { return std::uniform_real_distribution<double>()(rng) < p; };
-  Case c;
-  Exchange& x = c.x;
-  x.num_ranks = R;
-  const bool wide = !o.small && !o.slots && chance(0.15);  // large for the plan alone
-  const int local = wide ? pick(1, kMaxExperts / R) : pick(1, o.small ? 4 : 24);
-  x.num_experts = R * local;
-  x.num_tokens = chance(0.1) ? 1 : pick(1, o.small ? 24 : !o.slots && chance(0.1) ? 300 : 80);
-  x.top_k = pick(1, chance(0.2) ? 32 : 8);
-  if (o.slots) x.top_k = std::min(x.top_k, kMaxSlotPairs / (R * x.num_tokens));
-  x.alignment = chance(0.5) ? 1 : pick(2, 16);
-  x.batched = !wide && chance(0.25);
-  if (wide) x.num_tokens = pick(1, 8000 / x.top_k);
-  const int T = x.num_tokens, K = x.top_k, A = x.alignment;
-  if (x.batched) {
-    const int C = chance(0.5) ? R * T : std::max(1, pick(1, R * T));
-    x.num_rows = local * C;
-  } else {
-    const int pairs = R * T * std::min(K, local);
-    const int worst = (pairs + (A - 1) * std::min(local, pairs)) / A * A;
-    x.num_rows = chance(0.5) ? worst : std::max(A, pick(1, worst) / A * A);
-  }
-  c.type = static_cast<Element>(pick(0, 2));
-  const int kind = pick(0, 3);
-  c.prequantized = kind == 3;
-  if (kind == 1) c.wire = Wire::kQuantized;
-  if (kind == 2) c.wire = Wire::kDequantized;
-  const bool fp8 = kind != 0;
-  const int vec = int(16 / size_of(c.type));
-  const bool long_rows = R * x.num_rows <= 4096 && chance(0.3);  // the host takes its time
-  c.hidden = fp8 ? kScaleBlock * pick(1, wide        ? 1
-                                         : o.small   ? 3
-                                         : long_rows ? o.slots ? 32 : 80
-                                                     : 9)
-                 : vec * pick(1, wide          ? 4
-                                 : o.small     ? 40
-                                 : chance(0.1) ? o.slots ? 400 : 900
-                                               : 70);
-  c.power_of_two = chance(0.3);
-  c.zero_tail = chance(0.3);
-  c.quantized_partials = c.hidden % kScaleBlock == 0 && chance(0.5);
-  c.weights = chance(0.7);
-  c.num_sms = pick(1, std::max(1, std::min(16, 100 * o.devices / R)));
-  c.single_launch = o.single_launch;
-  const double none = chance(0.5) ? 0.0 : 0.4, skew = chance(0.3) ? 3.0 : 0.0;
-  for (int i = 0; i < R * T * K; ++i) {
-    const double u = std::uniform_real_distribution<double>()(rng);
-    const int e = int(std::pow(u, 1 + skew) * x.num_experts);
-    c.topk_idx.push_back(chance(none) ? -1 : std::min(e, x.num_experts - 1));
-  }
-  if (chance(0.2)) std::fill_n(c.topk_idx.begin(), T * K, -1);  // rank 0 sends nothing
-  std::normal_distribution<float> normal(0, 3);
-  for (int r = 0; r < R; ++r) {
-    const size_t n = size_t(T) * c.hidden;
-    Bytes rows(n * (c.prequantized ? 1 : size_of(c.type)));
-    for (size_t i = 0; i < n; ++i) {
-      if (c.prequantized) {
-        rows[i] = char(pick(0, 255));
-      } else {
-        set_element(rows, c.type, i, normal(rng));
-      }
-    }
-    if (fp8 && !c.prequantized) {
-      for (int i = 0; i < kScaleBlock; ++i) set_element(rows, c.type, i, 0.0f);  // a block of zeros
-    }
-    c.rows_in.push_back(rows);
-    std::vector<float> scales(size_t(T) * (c.hidden / kScaleBlock)), scalars(size_t(T) * K);
-    for (float& s : scales) s = normal(rng);
-    for (float& s : scalars) s = normal(rng);
-    c.scales_in.push_back(scales);
-    c.scalars_in.push_back(scalars);
-  }
-  return c;
-}
 
 int errors = 0;
 
@@ -235,7 +159,9 @@ int run(const Options& o) {
   }
   for (int i = 0; i < o.cases; ++i) {
     const size_t g = i % groups.size();
-    const Case c = random_case(rng, o, all_ranks[g]);
+    const int R = all_ranks[g], most_blocks = std::max(1, std::min(16, 100 * o.devices / R));
+    Case c = RandomCases(rng, {o.small, o.slots, most_blocks}).next(R);
+    c.single_launch = o.single_launch;
     const int before = errors;
     if (i % 10 == 0) std::printf("case %d\n", i);
     const std::vector<Path> paths = o.slots ? std::vector<Path>{Path::kSlots, Path::kHalves}

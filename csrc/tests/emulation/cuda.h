@@ -12,6 +12,8 @@
 #define __noinline__
 #undef __shared__
 #define __shared__ static thread_local  // a block is a thread of the operating system
+#undef __launch_bounds__
+#define __launch_bounds__(...)
 #define threadIdx (::emulation::thread_index())
 #define blockIdx (::emulation::block_index())
 #define blockDim (::emulation::block_size())
@@ -38,11 +40,16 @@ inline unsigned __float_as_uint(float f) {
   return v;
 }
 // The compiler must not contract: -ffp-contract=off.
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fadd_rn(float a, float b) { return a + b; }
+// A NaN that is computed has no sign and is all ones but for that.
+inline float computed(float f) { return f == f ? f : __uint_as_float(0x7fffffffu); }
+inline float __fmul_rn(float a, float b) { return computed(a * b); }
+inline float __fadd_rn(float a, float b) { return computed(a + b); }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline unsigned __vmaxu2(unsigned a, unsigned b) {
   return max(a >> 16, b >> 16) << 16 | max(a & 0xffffu, b & 0xffffu);
+}
+inline unsigned __vminu2(unsigned a, unsigned b) {
+  return min(a >> 16, b >> 16) << 16 | min(a & 0xffffu, b & 0xffffu);
 }
 
 // Warps: all lanes take part.
@@ -82,6 +89,12 @@ inline int __reduce_min_sync(unsigned, int mine) {
   for (int i = 0; i < 32; ++i) mine = min(mine, static_cast<int>(static_cast<uint32_t>(all[i])));
   return mine;
 }
+inline int __reduce_add_sync(unsigned, int mine) {
+  const uint64_t* all = emulation::exchange_in_warp(static_cast<uint32_t>(mine));
+  int sum = 0;
+  for (int i = 0; i < 32; ++i) sum += static_cast<int>(static_cast<uint32_t>(all[i]));
+  return sum;
+}
 inline unsigned __reduce_or_sync(unsigned, unsigned mine) {
   const uint64_t* all = emulation::exchange_in_warp(mine);
   for (int i = 0; i < 32; ++i) mine |= static_cast<uint32_t>(all[i]);
@@ -106,6 +119,11 @@ template <typename V>
 V atomicMax(V* p, V v) {
   const V old = *p;
   *p = old < v ? v : old;
+  return old;
+}
+inline unsigned long long atomicExch(unsigned long long* p, unsigned long long v) {
+  const unsigned long long old = *p;
+  *p = v;
   return old;
 }
 inline unsigned atomicOr(unsigned* p, unsigned v) {

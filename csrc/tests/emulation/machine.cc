@@ -15,6 +15,7 @@ namespace emulation {
 namespace {
 
 constexpr int kLanes = 32;
+constexpr char kGarbage = 0x5b;  // in shared memory that nobody has written
 constexpr size_t kStack = 128 * 1024;
 constexpr uint64_t kTurn = 500;  // ns
 constexpr int kMostPasses = 24;  // of a block's warps in one turn
@@ -25,6 +26,12 @@ struct Warp {
   uint64_t in[kLanes], out[kLanes];
   int arrived = 0;
   uint64_t exchanges = 0;
+};
+
+struct Barrier {
+  int arrived = 0;
+  bool all = true, result = true;
+  uint64_t meetings = 0;
 };
 
 struct Fiber {
@@ -44,8 +51,13 @@ struct Fiber {
 class Block {
  public:
   Block(Machine& machine, int stream, int index, const std::string& name, int blocks, int threads,
-        std::function<void()> kernel)
-      : stream(stream), machine_(machine), name_(name), kernel_(std::move(kernel)) {
+        size_t shared, std::function<void()> kernel)
+      : stream(stream),
+        number(machine.number_of_block()),
+        machine_(machine),
+        name_(name),
+        kernel_(std::move(kernel)),
+        shared_(shared, kGarbage) {
     index_.x = index;
     grid_.x = blocks;
     size_.x = threads;
@@ -93,6 +105,20 @@ class Block {
     }
     return result_;
   }
+  bool meet(int id, int threads, bool mine, bool waits) {
+    Barrier& b = barriers_[id];
+    b.all &= mine;
+    if (++b.arrived == threads) {
+      b.result = b.all;
+      b.arrived = 0;
+      b.all = true;
+      ++b.meetings;
+    } else if (waits) {
+      await(&b.meetings);
+    }
+    return b.result;
+  }
+  char* shared() { return shared_.data(); }
   void pause(bool waits) {
     if (waits) idle_ = true;
     running_->counter = nullptr;
@@ -100,6 +126,7 @@ class Block {
   }
 
   const int stream;
+  const uint64_t number;
   bool slow = false;
   int doze = 0;  // turns until it looks again whether it must still wait
   Machine& machine_;
@@ -166,10 +193,12 @@ class Block {
 
   const std::string name_;
   std::function<void()> kernel_;
+  std::vector<char> shared_;
   std::thread thread_;
   sem_t go_, back_;
   char* stacks_ = nullptr;
   std::vector<Warp> warps_;
+  Barrier barriers_[16];
   std::vector<Fiber> fibers_;
   jmp_buf home_;
   int left_ = 1, arrived_ = 0, counted_ = 0, result_ = 0;
@@ -209,33 +238,51 @@ const Index& block_size() { return block_here->size_; }
 const Index& grid_size() { return block_here->grid_; }
 const uint64_t* exchange_in_warp(uint64_t mine) { return block_here->exchange(mine); }
 int count_in_block(bool mine) { return block_here->count(mine); }
+bool meet_in_block(int id, int threads, bool mine, bool waits) {
+  return block_here->meet(id, threads, mine, waits);
+}
+char* dynamic_shared() { return block_here->shared(); }
 void pause(bool waits) { block_here->pause(waits); }
 uint64_t now() { return machine_here->time; }
+
+uint64_t block_number() { return block_here->number; }
+int stream_number() { return block_here->stream; }
 
 Machine::Machine(uint64_t seed) : random_(seed) { machine_here = this; }
 Machine::~Machine() = default;
 
-void Machine::launch(int stream, const std::string& name, int blocks, int threads,
+Machine& Machine::here() { return *machine_here; }
+
+void Machine::launch(int stream, const std::string& name, int blocks, int threads, size_t shared,
                      std::function<void()> kernel) {
-  streams_[stream].waiting.push_back({name, blocks, threads, std::move(kernel)});
+  streams_[stream].waiting.push_back({name, blocks, threads, shared, std::move(kernel)});
 }
 
 void Machine::start(int stream) {
   Stream& s = streams_[stream];
   if (s.running > 0 || s.waiting.empty()) return;
+  if (memory != nullptr && !memory->is_settled(stream)) return;
   const Kernel kernel = std::move(s.waiting.front());
   s.waiting.pop_front();
   s.running = kernel.blocks;
   for (int i = 0; i < kernel.blocks; ++i) {
     blocks_.push_back(std::make_unique<Block>(*this, stream, i, kernel.name, kernel.blocks,
-                                              kernel.threads, kernel.body));
+                                              kernel.threads, kernel.shared, kernel.body));
   }
 }
 
+bool Machine::has_work() {
+  bool waiting = false;
+  for (auto& [number, stream] : streams_) {
+    start(number);
+    waiting |= !stream.waiting.empty();
+  }
+  return waiting || !blocks_.empty();
+}
+
 void Machine::run(const std::function<void()>& between, uint64_t most_turns) {
-  for (auto& [stream, unused] : streams_) start(stream);
   double slow = 0;
-  for (uint64_t turn = 0; !blocks_.empty(); ++turn) {
+  for (uint64_t turn = 0; has_work(); ++turn) {
     if (turn == most_turns) {
       for (auto& block : blocks_) std::printf("%s has not ended\n", block->name().c_str());
       std::fflush(stdout);
@@ -246,19 +293,19 @@ void Machine::run(const std::function<void()>& between, uint64_t most_turns) {
       slow = below(4) * 0.25;
       for (auto& block : blocks_) block->slow = chance(slow);
     }
-    const size_t at = random_() % blocks_.size();
     time += kTurn;
     between();
+    if (blocks_.empty()) continue;
+    const size_t at = random_() % blocks_.size();
     if (blocks_[at]->doze > 0 && --blocks_[at]->doze > 0) continue;
     if (blocks_[at]->slow && !chance(0.02)) continue;
     blocks_[at]->take_turn();
+    if (memory != nullptr) memory->after_turn(blocks_[at]->stream, blocks_[at]->number);
     if (blocks_[at]->idle()) blocks_[at]->doze = below(kLongestDoze);
     if (!blocks_[at]->ended()) continue;
-    const int stream = blocks_[at]->stream;
+    --streams_[blocks_[at]->stream].running;
     std::swap(blocks_[at], blocks_.back());
     blocks_.pop_back();
-    --streams_[stream].running;
-    start(stream);
   }
 }
 

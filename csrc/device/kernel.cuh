@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// How a kernel is launched, and the shared memory that its launch sizes.
+#pragma once
+#ifdef JAX_EP_EMULATION
+#include "../tests/emulation/kernel.h"
+#else
+#include <cuda_runtime.h>
+
+namespace jax_ep {
+
+template <typename... Params, typename... Args>
+cudaError_t launch_kernel(void (*kernel)(Params...), const dim3& blocks, int threads, size_t shared,
+                          cudaStream_t stream, const Args&... args) {
+  cudaLaunchConfig_t how{};
+  how.gridDim = blocks;
+  how.blockDim = dim3(threads);
+  how.dynamicSmemBytes = shared;
+  how.stream = stream;
+  return cudaLaunchKernelEx(&how, kernel, args...);
+}
+
+__device__ __forceinline__ char* dynamic_shared() {
+  extern __shared__ __align__(16) char base[];
+  return base;
+}
+
+}  // namespace jax_ep
+#endif

@@ -1,0 +1,191 @@
+// SPDX-License-Identifier: Apache-2.0
+// All ranks of a group inside a node, on the emulated machine with weak memory: exchanges through
+// slots, several in a row.
+#pragma once
+#include <deque>
+#include <memory>
+
+#include "../node_checks.h"
+#include "weak_memory.h"
+
+namespace jax_ep {
+
+// One exchange: a dispatch and a combine of what `results` says, of all ranks.
+struct SlotExchange {
+  Case c;
+  HostPlan plan;
+  Results results;
+  std::vector<RankArrays> a;
+  std::vector<std::vector<int32_t>> tickets;  // [rank][kind]
+  bool is_combined = false;
+};
+
+// An operation, or a half of one, that all ranks run in the same order.
+struct Step {
+  size_t exchange;
+  SlotKind kind;
+  Half half;
+};
+
+class SlotWorld {
+ public:
+  SlotWorld(int num_ranks, const SlotSize& slots, uint64_t seed, double timeout_ms)
+      : R_(num_ranks),
+        at_(control_layout(R_)),
+        slots_(slots),
+        machine(seed),
+        memory(machine, R_, at_.total + slot_bytes(R_, slots)),
+        records(R_) {
+    const SlotLayout lie = slot_layout(slots);
+    for (int r = 0; r < R_; ++r) {
+      Header& header = *reinterpret_cast<Header*>(memory.seen_by(r, r) + at_.header);
+      header.generation = 1;
+      header.timeout_ns = uint64_t(timeout_ms * 1e6);
+      header.record = &records[r];
+      std::vector<emulation::WeakMemory::Region> sent;
+      for (int i = 0; i < inboxes() / R_; ++i) sent.push_back({inbox(i, r), lie.total});
+      memory.let_store(r, sent);
+      for (int i = 0; i < inboxes(); ++i) {
+        char* inbox = memory.seen_by(r, r) + at_.total + i * lie.total;
+        std::memset(inbox + lie.rows, 0xff, lie.total - lie.rows);
+      }
+    }
+  }
+
+  // `results`: what the experts make of it. Inputs are the case's, all other arrays ones.
+  size_t add(const Case& c, const Results& results) {
+    exchanges_.push_back({c, host_plan(c.x, c.topk_idx), results, {}, {}, false});
+    SlotExchange& e = exchanges_.back();
+    for (int r = 0; r < R_; ++r) e.a.push_back(arrays(e, r));
+    e.tickets.assign(R_, {0, 0});
+    return exchanges_.size() - 1;
+  }
+  void issue(int r, const Step& step) {
+    SlotExchange& e = exchanges_[step.exchange];
+    const Case& c = e.c;
+    const auto stream = reinterpret_cast<cudaStream_t>(uintptr_t(r));
+    const Launch how{c.num_sms, stream, 0};
+    if (step.kind == SlotKind::kDispatch) {
+      const SlotDispatchParams p = dispatch_params(e, r, step);
+      launch_slot_dispatch(&p, c.x, c.prequantized ? Element::kFp8 : c.type, c.wire, c.hidden, how);
+    } else {
+      const SlotCombineParams p = combine_params(e, r, step);
+      launch_slot_combine(&p, c.x, c.type, c.hidden, how);
+    }
+  }
+  // Run what has been issued.
+  void run() {
+    machine.run([this] { memory.move(); }, kMostTurns);
+    memory.deliver_all();
+  }
+
+  SlotExchange& operator[](size_t i) { return exchanges_[i]; }
+  size_t size() const { return exchanges_.size(); }
+  // Results of rank r, as they are before anything is written to them, set to another value.
+  void mark(size_t exchange, int r, char value) {
+    SlotExchange& e = exchanges_[exchange];
+    std::memset(e.a[r].rows, value, size_t(e.c.x.num_rows) * row_bytes_of(e.c));
+    std::memset(e.a[r].out, value, size_t(e.c.x.num_tokens) * e.c.hidden * size_of(e.c.type));
+  }
+
+  // Number i of those that `source` fills in each rank's memory: by kind, then by set.
+  size_t inbox(int i, int source) const {
+    return at_.total + (size_t(i) * R_ + source) * slot_layout(slots_).total;
+  }
+  int inboxes() const { return int(slot_bytes(R_, slots_) / slot_layout(slots_).total); }
+
+ private:
+  static constexpr uint64_t kMostTurns = 4'000'000;
+
+  Call call(int r, const Step& step) const {
+    Call call{};
+    Peers& p = call.peers;
+    p.at = at_;
+    p.slots = slot_layout(slots_);
+    p.rank = r;
+    p.num_ranks = p.node_ranks = R_;
+    for (int s = 0; s < R_; ++s) p.control[s] = memory.seen_by(r, s);
+    const bool is_dispatch = step.kind == SlotKind::kDispatch;
+    const Operation whole = is_dispatch ? Operation::kDispatch : Operation::kCombine;
+    call.operation = whole;
+    if (step.half == Half::kStart)
+      call.operation = is_dispatch ? Operation::kDispatchStart : Operation::kCombineStart;
+    if (step.half == Half::kDone)
+      call.operation = is_dispatch ? Operation::kDispatchDone : Operation::kCombineDone;
+    call.signature = 16 * uint32_t(step.exchange + 1) + uint32_t(whole);
+    return call;
+  }
+  SlotDispatchParams dispatch_params(SlotExchange& e, int r, const Step& step) {
+    const Case& c = e.c;
+    const RankArrays& a = e.a[r];
+    SlotDispatchParams p{};
+    p.call = call(r, step);
+    p.exchange = c.x;
+    p.half = step.half;
+    p.hidden = c.hidden;
+    p.row_bytes = row_bytes_of(c);
+    p.zero_tail = c.zero_tail;
+    p.power_of_two_scales = c.power_of_two;
+    p.x = a.x;
+    p.scales = c.prequantized ? a.scales : nullptr;
+    p.scalars = c.weights ? a.scalars : nullptr;
+    p.topk_idx = a.topk_idx;
+    p.started = p.ticket = &e.tickets[r][0];
+    p.plan = a.plan;
+    p.rows = a.rows;
+    p.row_scales = delivers_scales(c) ? a.row_scales : nullptr;
+    p.row_scalars = c.weights ? a.row_scalars : nullptr;
+    return p;
+  }
+  SlotCombineParams combine_params(SlotExchange& e, int r, const Step& step) {
+    const Case& c = e.c;
+    const RankArrays& a = e.a[r];
+    SlotCombineParams p{};
+    p.call = call(r, step);
+    p.exchange = c.x;
+    p.half = step.half;
+    p.hidden = c.hidden;
+    p.quantized = c.quantized_partials;
+    p.power_of_two_scales = c.power_of_two;
+    p.y = a.y;
+    p.weights = c.weights ? a.weights : nullptr;
+    p.pair_rank = a.plan.pair_rank;
+    p.pair_row = a.plan.pair_row;
+    p.token_rows = a.plan.token_rows;
+    p.started = p.ticket = &e.tickets[r][1];
+    p.out = a.out;
+    return p;
+  }
+
+  RankArrays arrays(const SlotExchange& e, int r) {
+    const Case& c = e.c;
+    RankArrays arrays{};
+    arrays.for_each(c, [&](auto*& pointer, size_t count) {
+      memory_.emplace_back(count * sizeof(*pointer) + 64, char(0xff));
+      const auto base = reinterpret_cast<uintptr_t>(memory_.back().data());
+      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(round_up(base, 16));
+    });
+    const size_t pairs = c.x.num_pairs();
+    std::copy_n(c.topk_idx.begin() + r * pairs, pairs, arrays.topk_idx);
+    auto copy = [](auto* to, const auto& from) { std::copy(from.begin(), from.end(), to); };
+    copy(arrays.x, c.rows_in[r]);
+    copy(arrays.scales, c.scales_in[r]);
+    copy(arrays.scalars, c.scalars_in[r]);
+    copy(arrays.y, e.results.y[r]);
+    copy(arrays.weights, e.results.weights[r]);
+    return arrays;
+  }
+
+  const int R_;
+  const ControlLayout at_;
+  const SlotSize slots_;
+  std::deque<Bytes> memory_;
+  std::deque<SlotExchange> exchanges_;
+
+ public:
+  emulation::Machine machine;
+  emulation::WeakMemory memory;
+  std::vector<FaultRecord> records;
+};
+
+}  // namespace jax_ep

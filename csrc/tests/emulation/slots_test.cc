@@ -1,0 +1,284 @@
+// SPDX-License-Identifier: Apache-2.0
+// Small batches on the emulated machine, whose memory shows stores to peers late and in any order,
+// against the host, bit for bit; and what becomes of them when a rank stays away, or a word.
+//
+//   slots_test [--cases N] [--seed S] [--ranks R] [--faults]
+#include "../options.h"
+#include "../random_case.h"
+#include "slot_world.h"
+
+namespace jax_ep {
+namespace {
+
+// Bounds of waits, in ms of the machine.
+constexpr double kForever = 1e9, kShort = 25;
+constexpr int kExchanges = 9;  // of a case, in a row: each set of slots is used several times
+constexpr SlotSize kSlots{24, 8192};
+
+class Series {
+ public:
+  explicit Series(uint64_t seed) : rng_(seed), cases_(rng_, {true, true, 3}), seed_(seed) {}
+
+  Case next_case(int num_ranks) { return cases_.next(num_ranks); }
+  // Some of the same shape with other values, some of others; ranks run ahead of each other as far
+  // as they may.
+  std::vector<Step> fill(SlotWorld& w, int num_ranks) {
+    Case c;
+    for (int i = 0; i < kExchanges; ++i) {
+      if (i == 0 || chance(0.25)) {
+        c = cases_.next(num_ranks);
+      } else {
+        cases_.refill(c);
+      }
+      w.add(c, pick_results(c));
+    }
+    return pick_steps(w);
+  }
+  Results pick_results(const Case& c) {
+    Results results;
+    std::normal_distribution<float> normal(0, 2);
+    for (int r = 0; r < c.x.num_ranks; ++r) {
+      const size_t n = size_t(c.x.num_rows) * c.hidden;
+      Bytes values(n * size_of(c.type));
+      for (size_t i = 0; i < n; ++i) set_element(values, c.type, i, normal(rng_));
+      std::vector<float> weights(c.x.num_rows);
+      for (float& v : weights) v = normal(rng_);
+      results.y.push_back(values);
+      results.weights.push_back(weights);
+    }
+    return results;
+  }
+  size_t below(size_t n) { return rng_() % n; }
+  bool chance(double p) { return std::uniform_real_distribution<double>()(rng_) < p; }
+  uint64_t seed() const { return seed_; }
+
+ private:
+  // Whole and in halves; a combine may end while the next dispatch is on its way. Some exchanges
+  // have no combine, some several.
+  std::vector<Step> pick_steps(SlotWorld& w) {
+    std::vector<Step> steps;
+    bool open = false;
+    size_t combine = 0;  // that is open
+    auto close = [&] {
+      if (open) steps.push_back({combine, SlotKind::kCombine, Half::kDone});
+      open = false;
+    };
+    for (size_t i = 0; i < kExchanges; ++i) {
+      if (chance(0.5)) {
+        steps.push_back({i, SlotKind::kDispatch, Half::kBoth});
+      } else {
+        steps.push_back({i, SlotKind::kDispatch, Half::kStart});
+        if (chance(0.5)) close();
+        steps.push_back({i, SlotKind::kDispatch, Half::kDone});
+      }
+      for (size_t j = i; chance(0.6); j = below(i + 1)) {
+        close();
+        open = chance(0.5);
+        combine = j;
+        w[j].is_combined = true;
+        steps.push_back({j, SlotKind::kCombine, open ? Half::kStart : Half::kBoth});
+      }
+    }
+    close();
+    return steps;
+  }
+
+  std::mt19937 rng_;
+  RandomCases cases_;
+  const uint64_t seed_;
+};
+
+void check_plan(const SlotExchange& e, int r) {
+  const Exchange& x = e.c.x;
+  const size_t R = x.num_ranks, pairs = x.num_pairs(), rows = x.num_rows, T = x.num_tokens,
+               local = x.local_experts();
+  const PlanArrays& got = e.a[r].plan;
+  auto expect = [&](const char* name, const int32_t* got, const std::vector<int>& all, size_t n) {
+    expect_same(name, r, got, std::vector<int>(&all[r * n], &all[r * n] + n));
+  };
+  expect("pair_rank", got.pair_rank, e.plan.pair_rank, pairs);
+  expect("pair_row", got.pair_row, e.plan.pair_row, pairs);
+  expect("row_pair", got.row_pair, e.plan.row_pair, rows);
+  expect("expert_ids", got.expert_ids, e.plan.expert_ids, rows);
+  expect("token_rows", got.token_rows, e.plan.token_rows, R * pairs);
+  expect("token_slot", got.token_slot, e.plan.token_slot, R * T);
+  expect("counts", got.counts, e.plan.counts, local);
+  expect("group_sizes", got.group_sizes, e.plan.group_sizes, local);
+  expect("num_dropped", got.num_dropped, e.plan.num_dropped, 1);
+}
+
+void describe(const Case& c, size_t i) {
+  const Exchange& x = c.x;
+  std::printf(
+      "  exchange %zu: R=%d E=%d T=%d K=%d rows=%d A=%d batched=%d H=%d type=%d wire=%d pre=%d "
+      "weights=%d fp8_combine=%d blocks=%d\n",
+      i, x.num_ranks, x.num_experts, x.num_tokens, x.top_k, x.num_rows, x.alignment, x.batched,
+      c.hidden, int(c.type), int(c.wire), c.prequantized, c.weights, c.quantized_partials,
+      c.num_sms);
+}
+
+void exchange(uint64_t seed, int R) {
+  Series series(seed);
+  SlotWorld w(R, kSlots, seed, kForever);
+  const std::vector<Step> steps = series.fill(w, R);
+  for (int r = 0; r < R; ++r) {
+    for (const Step& step : steps) w.issue(r, step);
+  }
+  w.run();
+  for (size_t i = 0; i < w.size(); ++i) {
+    const int before = failures;
+    const SlotExchange& e = w[i];
+    for (int r = 0; r < R; ++r) {
+      const RankArrays& a = e.a[r];
+      check_plan(e, r);
+      check_dispatch(e.c, e.plan, r, a.rows, a.row_scales, a.row_scalars);
+      if (e.is_combined) {
+        expect_same("combined", r, a.out,
+                    host_combine(e.c, e.plan, e.results.y, e.results.weights, r));
+      }
+    }
+    if (failures != before) describe(e.c, i);
+  }
+  for (const FaultRecord& f : w.records) check_no_fault(f);
+}
+
+// Results of a rank, before an operation.
+constexpr char kMark = 0x11;
+
+// A dispatch, whole or in halves, then a combine, of the ranks that `comes(rank, kind)`; until a
+// rank gives up on another one.
+class Failure {
+ public:
+  Failure(uint64_t seed, int R) : series_(seed), w_(R, kSlots, seed, kShort), R_(R) {
+    Case c;
+    do {
+      c = series_.next_case(R);
+      c.x.num_experts = R;  // one of each rank
+      for (int& e : c.topk_idx) e = int(series_.below(R));
+    } while (c.x.num_tokens < 8 || c.x.top_k < 4 || c.x.batched);
+    c.x.num_rows = R * c.x.num_pairs() / c.x.alignment * c.x.alignment;
+    w_.add(c, series_.pick_results(c));
+    halves_ = series_.chance(0.5);
+  }
+
+  template <typename Comes>
+  void run(SlotKind last, Comes&& comes) {
+    for (int r = 0; r < R_; ++r) w_.mark(0, r, kMark);
+    issue(SlotKind::kDispatch, [&](int r) { return last == SlotKind::kCombine || comes(r); });
+    if (last == SlotKind::kCombine) {
+      w_.run();
+      for (const FaultRecord& f : w_.records) check_no_fault(f);
+      for (int r = 0; r < R_; ++r) w_.mark(0, r, kMark);
+      began_ = w_.machine.time;
+      issue(SlotKind::kCombine, comes);
+    }
+    w_.run();
+  }
+  // Rank `r` has given up on `awaited` in time, or has heard of it; its results are NaN.
+  void expect_given_up(int r, int awaited, SlotKind kind) {
+    const FaultRecord& f = w_.records[r];
+    EXPECT(w_.machine.time - began_ < 3 * kShort * 1e6);
+    EXPECT(f.rank == r && f.fault != 0);
+    if (f.fault == uint32_t(Fault::kTimeout)) EXPECT(f.awaited == awaited);
+    EXPECT(f.fault == uint32_t(Fault::kTimeout) || f.fault == uint32_t(Fault::kPeer));
+    const SlotExchange& e = w_[0];
+    const bool rows = kind == SlotKind::kDispatch;
+    const char* first = rows ? e.a[r].rows : e.a[r].out;
+    const size_t bytes = rows ? size_t(e.c.x.num_rows) * row_bytes_of(e.c)
+                              : size_t(e.c.x.num_tokens) * e.c.hidden * size_of(e.c.type);
+    EXPECT(std::all_of(first, first + bytes, [](char byte) { return byte == char(0xff); }));
+  }
+  bool timed_out(int r) const { return w_.records[r].fault == uint32_t(Fault::kTimeout); }
+  SlotWorld& world() { return w_; }
+
+ private:
+  template <typename Comes>
+  void issue(SlotKind kind, Comes&& comes) {
+    for (int r = 0; r < R_; ++r) {
+      if (!comes(r)) continue;
+      if (!halves_) w_.issue(r, {0, kind, Half::kBoth});
+      if (halves_) w_.issue(r, {0, kind, Half::kStart});
+      if (halves_) w_.issue(r, {0, kind, Half::kDone});
+    }
+  }
+
+  Series series_;
+  SlotWorld w_;
+  const int R_;
+  bool halves_;
+  uint64_t began_ = 0;
+};
+
+constexpr SlotKind kKinds[] = {SlotKind::kDispatch, SlotKind::kCombine};
+
+void a_rank_is_absent(uint64_t seed, int R, int absent) {
+  for (SlotKind kind : kKinds) {
+    Failure f(seed, R);
+    f.run(kind, [&](int r) { return r != absent; });
+    bool timed_out = false;
+    for (int r = 0; r < R; ++r) {
+      if (r == absent) continue;
+      f.expect_given_up(r, absent, kind);
+      timed_out |= f.timed_out(r);
+    }
+    EXPECT(timed_out);
+  }
+}
+
+// Flags of the rows that rank `from` has sent to rank `to`.
+void flags_do_not_come(uint64_t seed, int R, int from, int to) {
+  const SlotLayout lie = slot_layout(kSlots);
+  for (SlotKind kind : kKinds) {
+    Failure f(seed, R);
+    SlotWorld& w = f.world();
+    const int sets = w.inboxes() / R / 2;
+    for (int set = 0; set < sets; ++set) {
+      const size_t inbox = w.inbox(int(kind) * sets + set, from);
+      w.memory.lose(to, {inbox + lie.flags, lie.words - lie.flags});
+    }
+    f.run(kind, [](int) { return true; });
+    f.expect_given_up(to, from, kind);
+    EXPECT(f.timed_out(to));
+    EXPECT(w.records[to].phase == uint32_t(Phase::kRows));
+  }
+}
+
+int run_faults(int seed, const std::vector<int>& ranks) {
+  for (int R : ranks) {
+    a_rank_is_absent(seed, R, R - 1);
+    a_rank_is_absent(seed + 1, R, 0);
+    flags_do_not_come(seed, R, R - 1, 0);
+    flags_do_not_come(seed + 1, R, 0, R - 1);
+  }
+  std::printf("faults of groups of %zu sizes, %d failures\n", ranks.size(), failures);
+  return failures != 0;
+}
+
+int run(int count, int seed, const std::vector<int>& ranks) {
+  for (int i = 0; i < count; ++i) {
+    const int before = failures;
+    exchange(seed * 1000003ull + i, ranks[i % ranks.size()]);
+    if (failures != before) std::printf("case %d of seed %d\n", i, seed);
+  }
+  std::printf("%d cases, %d differences\n", count, failures);
+  return failures != 0;
+}
+
+}  // namespace
+}  // namespace jax_ep
+
+int main(int argc, char** argv) {
+  setvbuf(stdout, nullptr, _IOLBF, 0);
+  int cases = 8, seed = 1, ranks = 0;
+  bool faults = false;
+  const bool known = jax_ep::take_options(argc, argv,
+                                          {{"--cases", &cases},
+                                           {"--seed", &seed},
+                                           {"--ranks", &ranks},
+                                           {"--faults", nullptr, &faults}});
+  if (!known) return 2;
+  std::vector<int> all = {2, 4, 3, 1};
+  if (ranks > 0) all = {ranks};
+  if (faults && ranks == 0) all = {2, 3};
+  return faults ? jax_ep::run_faults(seed, all) : jax_ep::run(cases, seed, all);
+}
