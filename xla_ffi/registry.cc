@@ -64,6 +64,7 @@ bool make(const std::string& key, const std::function<std::unique_ptr<Group>()>&
   const std::lock_guard<std::mutex> lock(r.setup);
   std::unique_ptr<Group>& group = r.groups[key];
   if (group == nullptr) group = make_new();
+  group->settle();
   return !group->complete();
 }
 

@@ -183,16 +183,20 @@ bool Group::complete() const {
   return true;
 }
 
+void Group::settle() const {
+  for (const auto& [device, control] : control_) {
+    OnDevice on(device);
+    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+  }
+}
+
 void Group::reset(uint64_t generation, double timeout_s, int ranks_per_device) {
   timeout_s_ = timeout_s;
   ranks_per_device_ = ranks_per_device;
   const int R = num_ranks();
   const ControlLayout at = control_layout(R);
   peers_.assign(R, Peers{});
-  for (auto& [device, control] : control_) {
-    OnDevice on(device);
-    require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-  }
+  settle();
   std::memset(static_cast<void*>(records_), 0, R * sizeof(FaultRecord));
   for (int r = 0; r < R; ++r) {
     if (devices_[r] < 0) continue;

@@ -37,6 +37,10 @@ class Group {
   // Whether every rank of the node is here or attached.
   bool complete() const;
 
+  // Wait until no kernel of a rank here runs. Every process has done so before one resets: what a
+  // kernel of the last generation stores late would come into memory that is zero already.
+  void settle() const;
+
   // Start generation number `generation`: epochs from 0, no failure. No operation may run, of any
   // process; `ranks_per_device` of the group share a GPU.
   void reset(uint64_t generation, double timeout_s, int ranks_per_device);
