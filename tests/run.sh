@@ -7,7 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 what=$1 python=${2:-python3}
 export NPROC=${NPROC:-64}
-export PIP_COMPILE=0  # bytecode, most of which is never used: Python makes it at the first import
+export PIP_COMPILE=0  # bytecode, most of which is never used: Python makes it at the first import,
+unset PYTHONDONTWRITEBYTECODE  # and must keep it: hundreds of processes import JAX
 
 supported() { "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
