@@ -1,22 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small batches travel through slots (layout/slots.h): a sender pushes a row into the receiver's
-// inbox, and the token's flag after it. No lease, as the memory is the library's own.
+// inbox and publishes it by the token's flag. No lease, as the memory is the library's own.
 //
-//   start n   hello, words, slots and flags -> every peer's inbox of n's set; empties the slots
-//             that start n - 1 filled here
-//   done n    awaits every peer's hello, and the words, flags and rows that it needs
+//   start n   hello, words, slots and flags -> every peer's inbox of n's parity
+//   done n    awaits every peer's hello, and the words and flags that it needs
 //
-// Nothing orders a row before its flag, as a fence waits for a flight there and back: the flag says
-// that the row is on its way, and each of its words of 32 bits says for itself that it has come,
-// as an empty slot holds ones. A row that has a word of ones is published: the fence, then a flag
-// that says kWhole.
-//
-// Who may overwrite a slot when: a sender that starts n + 3, whose set is n's, has done n + 2, for
-// which it awaited every peer's hello of n + 2; the peer sent that after its own start n + 1, which
-// emptied the slots of n, and that began after its done n, the last to read them, as starts and
-// dones of one kind take turns on a rank's stream. A start that finds another in flight is an error
-// and pushes nothing. Who makes the slots empty for a new generation has awaited the kernels of the
-// last one on all ranks.
+// Who may overwrite a slot when: a sender that starts n + 2 has done n + 1, for which it awaited
+// every peer's hello of n + 1; the peer sent that after its own done n, the last to read the slots
+// of n, as starts and dones of one kind take turns on a rank's stream. A start that finds another
+// in flight is an error and pushes nothing.
 #pragma once
 #include "../plan/tiling.h"
 #include "op.cuh"
@@ -46,30 +38,17 @@ __device__ __forceinline__ bool data_and(bool mine) {
   return bar_and(kData, kDataThreads, mine);
 }
 
-// Whether a row that the block is pushing has a word that looks empty; until the post warp has read
-// it.
-__device__ inline volatile uint32_t& pushes_empty() {
-  __shared__ uint32_t pushes;
-  return pushes;
-}
-
 // By the data warps, when they have pushed a group of rows, and by the post warp before their
-// flags: whether there was a word that looks empty. The data warps wait for it too, but for the
-// last group.
-__device__ __forceinline__ bool rows_pushed(bool last) {
+// flags. The data warps wait for it too, but for the last group.
+__device__ __forceinline__ void rows_pushed(bool last) {
   __syncwarp();
-  if (!is_post_warp()) {
+  if (is_post_warp()) {
+    bar_sync(kPushed, kSlotThreads);
+    if (!last) bar_arrive(kPosted, kSlotThreads);
+  } else {
     bar_arrive(kPushed, kSlotThreads);
     if (!last) bar_sync(kPosted, kSlotThreads);
-    return false;
   }
-  bar_sync(kPushed, kSlotThreads);
-  const bool any = pushes_empty() != 0;
-  __syncwarp();
-  if (lane_id() == 0) pushes_empty() = 0;
-  __syncwarp();
-  if (!last) bar_arrive(kPosted, kSlotThreads);
-  return any;
 }
 
 // By all warps: the data warps wait until the post warp says whether what they need from peers is
@@ -78,29 +57,6 @@ __device__ __forceinline__ bool all_arrived(bool mine) {
   __syncwarp();
   return bar_and(kArrived, kSlotThreads, mine);
 }
-
-// A flag whose row has arrived with it.
-constexpr uint64_t kWhole = uint64_t{1} << 62;
-
-// Whether a word of 32 bits has not come yet, or looks like it.
-__device__ __forceinline__ bool has_empty(uint32_t v) { return v == kEmptyWord; }
-__device__ __forceinline__ bool has_empty(const uint2& v) { return max(v.x, v.y) == kEmptyWord; }
-__device__ __forceinline__ bool has_empty(const uint4& v) {
-  return max(max(v.x, v.y), max(v.z, v.w)) == kEmptyWord;
-}
-
-// What a rank knows of the last start of a kind: its set, and what it may have filled of each
-// inbox, `tokens` slots and up to `bytes` of each.
-struct LastStart {
-  int set, tokens, bytes;
-  __device__ uint64_t packed() const {
-    return uint64_t(set) << 62 | uint64_t(tokens) << 32 | uint32_t(bytes);
-  }
-  __device__ static LastStart of(uint64_t packed) {
-    return {int(packed >> 62), int(packed >> 32) & 0x3fffffff, int(packed)};
-  }
-  __device__ int next_set() const { return set + 1 < kSlotSets ? set + 1 : 0; }
-};
 
 // A set of ranks.
 struct RankSet {
@@ -181,34 +137,7 @@ struct SlotRow {
     return reinterpret_cast<const float*>(slot + bytes);
   }
   __device__ const float* scalars_of(const char* slot) const { return scales_of(slot) + scales; }
-  // Of all, `scalars` included.
-  __device__ int filled(int scalars) const {
-    return bytes + (scales + scalars) * int(sizeof(float));
-  }
 };
-
-// The rank for whose rows the block has given up, -1 for none.
-__device__ inline volatile int& missed_rank() {
-  __shared__ int rank;
-  return rank;
-}
-
-// Wait for a flag that is not there yet. False: give up.
-__device__ __noinline__ inline bool await_flag_longer(const Call& call, uint64_t tag,
-                                                      const uint64_t* flag, int from,
-                                                      uint64_t* seen) {
-  const uint64_t start = now_ns();
-  for (;;) {
-    for (int i = 0; i < 32; ++i) {
-      *seen = load_acquire_sys(flag);
-      if ((*seen & ~kWhole) == tag) {
-        note_wait(call, from, start);
-        return true;
-      }
-    }
-    if (is_hopeless(call, tag, start, from, Phase::kRows, *seen & ~kWhole)) return false;
-  }
-}
 
 // An operation on slots, or one half of it.
 //
@@ -224,8 +153,6 @@ class SlotOp {
     if (is_counter()) {
       init_barrier(entered(), 1);
       block_gave_up() = 0;
-      pushes_empty() = 0;
-      missed_rank() = -1;
     }
     __syncwarp();
     if (is_post_warp()) {
@@ -243,11 +170,10 @@ class SlotOp {
     const Header& was = Op::as_read();
     const int i = index();
     started_ = was.started[i] + (half == Half::kDone ? 0 : 1);
-    const LastStart last = LastStart::of(was.last_start[i]);
-    set_ = half == Half::kDone ? last.set : last.next_set();
     is_mine_ = half == Half::kDone ? Op::ticket_read() == this->ticket() : was.in_flight[i] == 0;
     tag = make_tag(was.generation, started_, call.signature);
-    first_ = first_of(set_);
+    const Peers& peers = call.peers;
+    first_ = peers.at.total + (i * 2 + static_cast<int>(started_ & 1)) * op.R * peers.slots.total;
   }
 
   // By the post warp, once: this block has begun, and has read the header. Where waiting for the
@@ -276,65 +202,13 @@ class SlotOp {
     const Peers& peers = op.call.peers;
     return Inbox(peers.slots, peers.control[rank] + first_ + op.me * peers.slots.total);
   }
-  __device__ Inbox inbox(int source) const { return inbox_at(first_, source); }
-
-  // By the data warps of a start: the slots that the last start of this kind filled here.
-  __device__ void empty_last() const {
-    const LastStart last = LastStart::of(Op::as_read().last_start[index()]);
-    const size_t first = first_of(last.set);
-    const int vecs = ceil_div(last.bytes, int(sizeof(Vec)));
-#pragma unroll 1
-    for (int i = 1; i < op.R; ++i) {
-      const Inbox inbox = inbox_at(first, op.me + i < op.R ? op.me + i : op.me + i - op.R);
-#pragma unroll 1
-      for (int t = blockIdx.x; t < last.tokens; t += gridDim.x) {
-        auto* slot = reinterpret_cast<Vec*>(inbox.slot(t));
-#pragma unroll 1
-        for (int v = threadIdx.x; v < vecs; v += kDataThreads) {
-          store_row(slot + v, Vec{kEmptyWord, kEmptyWord, kEmptyWord, kEmptyWord});
-        }
-      }
-    }
-  }
-
-  // By the post warp: a token's row has been pushed to `rank`. `is_whole`: it has a word that looks
-  // empty.
-  __device__ void post_row(int rank, int token, bool is_whole) const {
-    uint64_t* flag = outbox(rank).flag(token);
-    if (is_whole) {
-      store_release_sys(flag, tag | kWhole);  // publishes the row
-    } else {
-      store_relaxed(flag, tag);
-    }
-  }
-  // By the post warp: wait for the flag of a row. False: give up. What it says of the row is in
-  // `is_whole`.
-  __device__ bool await_flag(int source, int token, bool* is_whole) const {
-    const uint64_t* flag = inbox(source).flag(token);
-    uint64_t seen = load_acquire_sys(flag);  // if it says kWhole, acquires the row
-    const bool there =
-        (seen & ~kWhole) == tag || await_flag_longer(op.call, tag, flag, source, &seen);
-    *is_whole = there && seen != tag;
-    return there;
-  }
-  // By a data warp: a part of a row whose flag has been awaited: Vec, uint2 or uint32_t. Anything
-  // if the block gives up; `leave` says so, as a call here would cost registers.
-  template <typename V>
-  __device__ __forceinline__ V take(const V* at, int source, bool is_whole) const {
-    V v = load_relaxed(at);
-    if (is_whole) return v;
-    for (uint64_t start = 0; has_empty(v) && block_gave_up() == 0; v = load_relaxed(at)) {
-      const uint64_t now = now_ns();
-      if (start == 0) start = now;
-      if (now - start <= Op::as_read().timeout_ns && !op.broken()) continue;
-      missed_rank() = source;
-      block_gave_up() = 1;
-    }
-    return v;
+  __device__ Inbox inbox(int source) const {
+    const Peers& peers = op.call.peers;
+    return Inbox(peers.slots, peers.control[op.me] + first_ + source * peers.slots.total);
   }
 
   // By one warp: greet all peers, and await their greetings (false: give up). A greeting says
-  // which operation the peer runs, and that the slots of the last but one start are empty.
+  // which operation the peer runs, and that it has done with the slots of the last but one.
   __device__ void greet() const {
 #pragma unroll 1
     for (int r = lane_id(); r < op.R; r += 32) {
@@ -360,19 +234,16 @@ class SlotOp {
     if (is_counter()) stamp(op.call, what);
   }
 
-  // Every thread of every block calls this last. A start may have filled `row_bytes` of the slots
-  // of `tokens` tokens. If some have given up, one block poisons the results.
+  // Every thread of every block calls this last. If some have given up, one block poisons the
+  // results.
   template <typename Poison>
-  __device__ void leave(int32_t* ticket, int tokens, int row_bytes, Poison&& poison) const {
+  __device__ void leave(int32_t* ticket, Poison&& poison) const {
     __shared__ bool poisons;
     __syncthreads();
     const bool gave_up = block_gave_up();
     if (is_counter()) {
       Header& mine = op.header();
-      if (begun_ + 1 == gridDim.x) complete(mine, ticket, {set_, tokens, row_bytes});
-      if (gave_up && missed_rank() >= 0) {
-        is_hopeless(op.call, tag, 0, missed_rank(), Phase::kRows, 0);  // reports it
-      }
+      if (begun_ + 1 == gridDim.x) complete(mine, ticket);
       poisons = gave_up && atomicExch(&mine.slot_poisoned, op.epoch()) != op.epoch();
       add_release_gpu(&mine.slot_left, 1);  // publishes the block's results to who poisons them
       if (blockIdx.x == 0) stamp_begin(op.call);
@@ -410,11 +281,10 @@ class SlotOp {
   }
 
   // The next kernel on the stream sees it.
-  __device__ void complete(Header& mine, int32_t* ticket, const LastStart& start) const {
+  __device__ void complete(Header& mine, int32_t* ticket) const {
     if (ticket != nullptr) *ticket = this->ticket();
     mine.started[index()] = started_;
     mine.in_flight[index()] = half_ == Half::kStart;
-    if (pushes()) mine.last_start[index()] = start.packed();
     mine.slot_blocks = all_left();
     mine.slot_begun = 0;
     __threadfence();  // another operation that finds the new epoch finds the rest
@@ -429,15 +299,6 @@ class SlotOp {
     }
   }
   __device__ int index() const { return static_cast<int>(kind_); }
-  // A set's slots, from the control block on.
-  __device__ size_t first_of(int set) const {
-    const Peers& peers = op.call.peers;
-    return peers.at.total + (index() * kSlotSets + set) * op.R * peers.slots.total;
-  }
-  __device__ Inbox inbox_at(size_t first, int source) const {
-    const Peers& peers = op.call.peers;
-    return Inbox(peers.slots, peers.control[op.me] + first + source * peers.slots.total);
-  }
 
  public:
   const Op op;
@@ -447,10 +308,9 @@ class SlotOp {
   SlotKind kind_;
   Half half_;
   uint64_t started_;
-  int set_;
   bool is_mine_;
   uint32_t begun_ = ~0u - 1;  // blocks that began before this one, of the thread that counts
-  size_t first_;              // this start's slots, from the control block on
+  size_t first_;              // of this kind and parity, from the control block on
 };
 
 }  // namespace jax_ep

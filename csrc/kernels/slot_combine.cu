@@ -9,13 +9,10 @@
 //               slot on its source (quantised on the way,
 //               if asked)
 //                                partials are pushed ->     the token's flag there
-//           the slots that the last start filled are
-//             empty again
 //   done    per token of mine:                              awaits the flag of each other rank that
 //             own = the partial of its rows here              has rows of the token
-//                                <- flags are there
-//             over these ranks in order, as words come,
-//               add -> out[t]                               every peer's hello
+//                                <- partials are there
+//             over these ranks in order, add -> out[t]      every peer's hello
 //
 // A warp forms the first partial that it pushes before the header is there.
 // `start` and `done` are one launch or two. Products are rounded to float32 before they are added,
@@ -134,16 +131,13 @@ struct WireVec {
   __device__ WireVec(const SlotCombineParams& p, const Pack<T>& partial) : partial(partial) {
     if (p.quantized) q = quantize(partial, p.power_of_two_scales, &scale);
   }
-  // No word of it is all ones: a sum that is NaN, its rounding and its scale are NaNs without a
-  // sign.
-  __device__ void push(const SlotCombineParams& p, char* slot, int vec) const {
+  __device__ void store(const SlotCombineParams& p, char* slot, int vec) const {
     constexpr int kLanes = kScaleBlock / Pack<T>::kCount;
     if (p.quantized) {
-      store_relaxed(reinterpret_cast<typename Fp8<T>::Word*>(slot) + vec, q.word);
-      auto* scales = reinterpret_cast<uint32_t*>(slot_row<T>(p).scales_of(slot));
-      if (vec % kLanes == 0) store_relaxed(scales + vec / kLanes, __float_as_uint(scale));
+      reinterpret_cast<typename Fp8<T>::Word*>(slot)[vec] = q.word;
+      if (vec % kLanes == 0) slot_row<T>(p).scales_of(slot)[vec / kLanes] = scale;
     } else {
-      store_relaxed(reinterpret_cast<Vec*>(slot) + vec, partial.vec);
+      store_row(reinterpret_cast<Vec*>(slot) + vec, partial.vec);
     }
   }
 };
@@ -193,7 +187,7 @@ __device__ void push_partials(const SlotCombineParams& p, const SlotCombineSizes
         if (any) piece = WireVec<T>(p, partial_of<T>(p, sizes, rows, task.vec));
       }
       char* slot = s.outbox(token.source).slot(token.t);
-      if (any && task.vec < sizes.vecs) piece.push(p, slot, task.vec);
+      if (any && task.vec < sizes.vecs) piece.store(p, slot, task.vec);
     }
     rows_pushed(first + kSlotGroup >= share.peers);
   }
@@ -209,7 +203,7 @@ __device__ void post_partials(const SlotCombineParams& p, const SlotCombineSizes
     const Token token = share.peer(sizes.by_tokens, mine ? i : 0);
     const bool any = mine && p.token_rows[size_t(token.of_group(share.T)) * p.exchange.top_k] >= 0;
     rows_pushed(first + kSlotGroup >= share.peers);
-    if (any) s.post_row(token.source, token.t, false);
+    if (any) store_release_sys(s.outbox(token.source).flag(token.t), s.tag);  // publishes it
   }
 }
 
@@ -248,8 +242,9 @@ __device__ bool await_partials(const SlotCombineParams& p, const SlotOp& s, cons
       const bool is_first = first == 0 && number < 32;
       const Awaited one = is_first ? early : Awaited(p, share, first, number);
       const int t = share.own_token(one.i);
-      bool is_whole;
-      if (one.wanted) there &= s.await_flag(one.rank, t, &is_whole);
+      if (one.wanted) {  // acquires what `post_partials` published, for the data warps
+        there &= s.await(s.inbox(one.rank).flag(t), one.rank, Phase::kRows);
+      }
     }
     if (!all_arrived(there)) return false;
   }
@@ -274,10 +269,10 @@ __device__ Pack<T> sum_ranks(const SlotCombineParams& p, const SlotOp& s, const 
     if (p.quantized) {
       const float* scales = slot_row<T>(p).scales_of(slot);
       const auto* scale = reinterpret_cast<const uint32_t*>(scales) + vec / kLanes;
-      const Fp8<T> q(s.take(reinterpret_cast<const Word*>(slot) + vec, r, false));
-      sum.add(q, __uint_as_float(s.take(scale, r, false)));
+      const Fp8<T> q(load_arrived(reinterpret_cast<const Word*>(slot) + vec));
+      sum.add(q, __uint_as_float(load_arrived(scale)));
     } else {
-      sum.add(s.take(reinterpret_cast<const Vec*>(slot) + vec, r, false), false, 1.0f);
+      sum.add(load_arrived(reinterpret_cast<const Vec*>(slot) + vec), false, 1.0f);
     }
   }
   return sum.rounded();
@@ -341,11 +336,9 @@ __device__ void combine_body(const SlotCombineParams& p, const SlotCombineSizes&
     run_post_warp(p, sizes, s, share);
   } else {
     if (s.pushes()) push_partials<T>(p, sizes, s, share, early);
-    if (s.pushes()) s.empty_last();
     if (s.receives()) sum_tokens<T>(p, sizes, s, share, early);
   }
-  const int row_bytes = slot_row<T>(p).filled(0);
-  s.leave(s.receives() ? nullptr : p.ticket, p.exchange.num_tokens, row_bytes, [&] {
+  s.leave(s.receives() ? nullptr : p.ticket, [&] {
     if (s.receives()) {
       poison_bytes(p.out, size_t(p.exchange.num_tokens) * p.hidden * sizeof(T));
     }

@@ -6,16 +6,14 @@
 //             its row -> the slot of each peer that it        inbox, as words
 //             names (quantised on the way)
 //                                       rows are pushed ->  the token's flag on these peers
-//           the slots that the last start filled are
-//             empty again
 //   done    all choices of the group -> the plan, by each
 //             block for itself (slot_routing.cuh)
 //                                     the plan is there ->  awaits the flags of the peers' tokens
 //           per own token: its row -> each of its rows        whose rows this block places
 //             here; and what the plan says of all tokens
 //                                       <- rows are there
-//           per peer's token: from its slot, as its words   experts of rows, padding, tail;
-//             come, to each of its rows here                  every peer's hello
+//           per peer's token: from its slot to each of      experts of rows, padding, tail;
+//             its rows here                                   every peer's hello
 //
 // `start` and `done` are one launch or two. Nothing of ours is resident between the two. Rows are
 // the large path's, bit for bit. Slots, and who may overwrite them when: device/slots.cuh.
@@ -42,12 +40,14 @@ __device__ void post_rows(const SlotDispatchParams& p, const PlanSizes& sizes, c
   if (s.op.R == 1) return;
   const int own = share.own;
   for (int from = 0; from < own; from += kSlotGroup) {
-    const bool is_whole = rows_pushed(from + kSlotGroup >= own);
+    rows_pushed(from + kSlotGroup >= own);
     for (int i = from; i < min_int(from + kSlotGroup, own); ++i) {
       const int t = share.own_token(i);
       const RankSet named = named_by(p, sizes, i == 0 ? first : choice_of_lane(p, t));
       for (int r = lane_id(); r < s.op.R; r += 32) {
-        if (r != s.op.me && named.has(r)) s.post_row(r, t, is_whole);
+        if (r != s.op.me && named.has(r)) {
+          store_release_sys(s.outbox(r).flag(t), s.tag);  // publishes the token's row
+        }
       }
     }
   }
@@ -120,15 +120,8 @@ __device__ void place_own_task(const Work<W, T>& work, const AtHand& hand, int n
   }
 }
 
-// Which of the tokens at hand from the first-th on have flags that say so, a bit each. The post
-// warp is at most one turn ahead of the data warps, which need their turn's.
-__device__ volatile uint32_t& whole_rows(int first) {
-  __shared__ uint32_t whole[2];
-  return whole[first / kSlotGroup % 2];
-}
-
-// By one warp: one of its tasks of the peers' tokens at hand, whose flags have arrived; the first
-// of them is the `skip`-th at hand.
+// By one warp: one of its tasks of the peers' tokens at hand, which have arrived; the first of them
+// is the `skip`-th at hand.
 template <Wire W, typename T>
 __device__ void place_arrived_task(const Work<W, T>& work, const AtHand& hand, int skip,
                                    int number) {
@@ -136,10 +129,8 @@ __device__ void place_arrived_task(const Work<W, T>& work, const AtHand& hand, i
   const Task task(sizes.by_slot_tasks, sizes.slot_tasks, number);
   const Token token = share.any(sizes.plan.by_tokens, hand.first + skip + task.n);
   const Pair pair(p, shared, hand, skip + task.n, token.of_group(share.T));
-  const bool is_named = pair.expert >= 0 && sizes.plan.by_local(pair.expert) == s.op.me;
-  if (!__any_sync(kAllLanes, is_named)) return;  // it was not sent
-  const bool is_whole = whole_rows(hand.first) >> (skip + task.n) & 1;
-  place_arrived<W, T>(p, sizes, s, task, pair.here(sizes.plan, s.op.me), token, is_whole);
+  const char* slot = s.inbox(token.source).slot(token.t);
+  place_arrived<W, T>(p, sizes, task, pair.here(sizes.plan, s.op.me), slot);
 }
 
 // By the data warps: the rows here, and what the plan says, of all the block's tokens.
@@ -173,24 +164,23 @@ __device__ void place_rows(const Work<W, T>& work, AtHand& hand, const Early& ea
   }
 }
 
-// By the post warp, for the data warps: wait for the flags of rows that they take from slots.
-// False: give up.
+// By the post warp, for the data warps: wait for the rows that they take from slots. False: give
+// up.
 __device__ bool await_rows(const SlotDispatchParams& p, const SlotDispatchSizes& sizes,
                            const SlotOp& s, const SlotShared& shared, const Share& share) {
   const int K = p.exchange.top_k;
   for (int first = 0; first < share.all(); first += kSlotGroup) {
     const int i = first + lane_id();
-    bool there = true, is_whole = false;
+    bool there = true;
     if (lane_id() < kSlotGroup && i >= share.own && i < share.all()) {
       const Token token = share.any(sizes.plan.by_tokens, i);
       const int16_t* choices = shared.choices + token.of_group(share.T) * K;
       bool sent = false;  // also if all its pairs here are dropped
       for (int k = 0; k < K; ++k)
         sent |= choices[k] >= 0 && sizes.plan.by_local(choices[k]) == s.op.me;
-      if (sent) there = s.await_flag(token.source, token.t, &is_whole);
+      const Inbox inbox = s.inbox(token.source);
+      if (sent) there = s.await(inbox.flag(token.t), token.source, Phase::kRows);  // acquires it
     }
-    const unsigned whole = __ballot_sync(kAllLanes, is_whole);
-    if (lane_id() == 0) whole_rows(first) = whole;
     if (!all_arrived(there)) return false;
   }
   return true;
@@ -219,7 +209,6 @@ __device__ void run_data_warps(const Work<W, T>& work, const Early& early,
   __shared__ int position[kSlotGroup][kMaxTopK];
   const auto& [p, sizes, s, shared, share] = work;
   if (s.pushes() && s.op.R > 1) push_rows<W, T>(p, sizes, s, share.own, early, first);
-  if (s.pushes()) s.empty_last();
   if (!s.receives()) return;
   const bool there = data_and(gather_choices(p, sizes, s, shared));
   AtHand hand{0, min_int(kSlotGroup, share.all()), position};
@@ -266,8 +255,7 @@ __device__ void dispatch_body(const SlotDispatchParams& p, const SlotDispatchSiz
   } else {
     run_data_warps(Work<W, T>{p, sizes, s, shared, share}, early, first, &planned);
   }
-  const int row_bytes = slot_row<W>(p).filled(p.scalars != nullptr ? p.exchange.top_k : 0);
-  s.leave(s.receives() ? nullptr : p.ticket, p.exchange.num_tokens, row_bytes, [&] {
+  s.leave(s.receives() ? nullptr : p.ticket, [&] {
     if (s.receives()) poison_dispatch(p);
   });
 }

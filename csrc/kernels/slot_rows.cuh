@@ -12,13 +12,6 @@
 
 namespace jax_ep {
 
-// To a peer's slot.
-__device__ __forceinline__ void push_float(float* at, float v) {
-  const uint32_t bits = __float_as_uint(v);
-  store_relaxed(reinterpret_cast<uint32_t*>(at), bits);
-  if (has_empty(bits)) pushes_empty() = 1;
-}
-
 // What a row is while it travels: T's values as they are, or e4m3 with scales.
 template <Wire W>
 __device__ SlotRow slot_row(const SlotDispatchParams& p) {
@@ -52,24 +45,13 @@ struct WireVec {
   __device__ WireVec(const SlotDispatchParams& p, const Vec& v) : vec(v) {
     if constexpr (W != Wire::kCopy) q = quantize(Pack<T>(v), p.power_of_two_scales, &scale);
   }
-  // To `values` and `scales` of a row here that holds it as it travels.
+  // To `values` and `scales` of a row that holds it as it travels.
   __device__ void store(char* values, float* scales, int at) const {
     if constexpr (W == Wire::kCopy) {
       store_row(reinterpret_cast<Vec*>(values) + at, vec);
     } else {
       reinterpret_cast<Word*>(values)[at] = q.word;
       if (at % kLanes == 0) scales[at / kLanes] = scale;
-    }
-  }
-  // The same to a peer's slot, in whole words. What is quantised has no word of ones: its NaN is
-  // 0x7f, that of its scale 0x7fffffff.
-  __device__ void push(char* values, float* scales, int at) const {
-    if constexpr (W == Wire::kCopy) {
-      store_relaxed(reinterpret_cast<Vec*>(values) + at, vec);
-      if (has_empty(vec)) pushes_empty() = 1;
-    } else {
-      store_relaxed(reinterpret_cast<Word*>(values) + at, q.word);
-      if (at % kLanes == 0) push_float(scales + at / kLanes, scale);
     }
   }
 };
@@ -128,16 +110,16 @@ __device__ __forceinline__ void push_task(const SlotDispatchParams& p,
     if (r == s.op.me || !named.has(r)) continue;
     char* slot = s.outbox(r).slot(t);
     if (!task.is_last) {
-      if (task.vec < sizes.x_vecs) piece.push(slot, lie.scales_of(slot), task.vec);
+      if (task.vec < sizes.x_vecs) piece.store(slot, lie.scales_of(slot), task.vec);
       continue;
     }
     if (W == Wire::kCopy) {
       for (int j = lane_id(); j < lie.scales; j += 32) {
-        push_float(lie.scales_of(slot) + j, p.scales[size_t(t) * lie.scales + j]);
+        lie.scales_of(slot)[j] = p.scales[size_t(t) * lie.scales + j];
       }
     }
     if (p.scalars != nullptr && lane_id() < p.exchange.top_k) {
-      push_float(lie.scalars_of(slot) + lane_id(), scalar);
+      lie.scalars_of(slot)[lane_id()] = scalar;
     }
   }
 }
@@ -221,34 +203,30 @@ __device__ __forceinline__ void place_own(const SlotDispatchParams& p,
 }
 
 // By one warp: its task of a peer's token, from its slot to the rows here. Its flag has been
-// awaited, and every word that was sent is taken, also for no row here: one that came after its
-// slot is empty again would be there for the next but two.
+// acquired.
 template <Wire W, typename T>
 __device__ __forceinline__ void place_arrived(const SlotDispatchParams& p,
-                                              const SlotDispatchSizes& sizes, const SlotOp& s,
-                                              const Task& task, int here, const Token& token,
-                                              bool is_whole) {
+                                              const SlotDispatchSizes& sizes, const Task& task,
+                                              int here, const char* slot) {
   const SlotRow lie = slot_row<W>(p);
-  const char* slot = s.inbox(token.source).slot(token.t);
-  auto take = [&](const auto* at) { return s.take(at, token.source, is_whole); };
   const auto* scales = reinterpret_cast<const uint32_t*>(lie.scales_of(slot));
   if (task.is_last) {
     const auto* scalars = reinterpret_cast<const uint32_t*>(lie.scalars_of(slot)) + lane_id();
-    const bool scaled = p.row_scalars != nullptr && lane_id() < p.exchange.top_k;
-    const float scalar = scaled ? __uint_as_float(take(scalars)) : 0.0f;
-    place_extras(p, here, scalar, [&](int j) { return __uint_as_float(take(scales + j)); });
+    const bool scaled = p.row_scalars != nullptr && here >= 0;
+    const float scalar = scaled ? __uint_as_float(load_arrived(scalars)) : 0.0f;
+    place_extras(p, here, scalar, [&](int j) { return __uint_as_float(load_arrived(scales + j)); });
     return;
   }
   const bool there = task.vec < sizes.slot_lanes;
   Vec v{};
   if constexpr (W == Wire::kDequantized) {
     if (there) {
-      const Fp8<T> q(take(reinterpret_cast<const typename Fp8<T>::Word*>(slot) + task.vec));
+      const Fp8<T> q(load_arrived(reinterpret_cast<const typename Fp8<T>::Word*>(slot) + task.vec));
       const int block = task.vec / WireVec<W, T>::kLanes;
-      v = dequantize(q, __uint_as_float(take(scales + block))).vec;
+      v = dequantize(q, __uint_as_float(load_arrived(scales + block))).vec;
     }
   } else if (there) {
-    v = take(reinterpret_cast<const Vec*>(slot) + task.vec);
+    v = load_arrived(reinterpret_cast<const Vec*>(slot) + task.vec);
   }
   for_rows(here, [&](size_t row) {
     if (there) store_row(reinterpret_cast<Vec*>(p.rows + row * p.row_bytes) + task.vec, v);

@@ -79,16 +79,15 @@ struct FaultRecord {
 // State of one rank; written by its own kernels, `broken` by peers too. The first line is what an
 // operation reads when it begins.
 struct alignas(128) Header {
-  uint64_t epoch;          // operations completed
-  uint64_t plans;          // plans completed; its parity picks the routing buffer
-  uint64_t broken;         // sticky, 0 or 1 + the rank that failed first: every wait gives up
-  uint64_t generation;     // of the group: `initialize` counts it up and starts the epochs anew
-  uint64_t timeout_ns;     // bound of every wait
-  FaultRecord* record;     // this rank's, in host memory
-  uint64_t started[2];     // of each SlotKind: small batches started
-  uint64_t in_flight[2];   // alike: 1 between start and done
-  uint64_t slot_blocks;    // blocks of all small batches, those that have begun
-  uint64_t last_start[2];  // of each SlotKind: LastStart, which slots it has
+  uint64_t epoch;         // operations completed
+  uint64_t plans;         // plans completed; its parity picks the routing buffer
+  uint64_t broken;        // sticky, 0 or 1 + the rank that failed first: every wait gives up
+  uint64_t generation;    // of the group: `initialize` counts it up and starts the epochs anew
+  uint64_t timeout_ns;    // bound of every wait
+  FaultRecord* record;    // this rank's, in host memory
+  uint64_t started[2];    // of each SlotKind: small batches started; the parity picks the slots
+  uint64_t in_flight[2];  // alike: 1 between start and done
+  uint64_t slot_blocks;   // blocks of all small batches, those that have begun
   // Counters of the running kernel, each on a line of its own; the last block to leave resets them.
   alignas(128) uint32_t left;          // blocks that have left
   alignas(128) uint32_t barrier;       // arrivals at the grid's meeting

@@ -2,10 +2,9 @@
 // Slots: memory of each rank that holds what peers sent of small batches (decode), so that they
 // need not wait for a lease. It lies behind the control block; `Config` sizes it.
 //
-//   [kind][set][source]  {hello, flag[token], word[token][K/2], slot[token]}
+//   [kind][parity][source]  {hello, flag[token], word[token][K/2], slot[token]}
 //
-// A slot holds a row as it travels: values, then scales (FP8), then the token's K scalars. Until a
-// row comes its slot holds ones.
+// A slot holds a row as it travels: values, then scales (FP8), then the token's K scalars.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -16,11 +15,6 @@ enum class SlotKind : uint32_t { kDispatch = 0, kCombine = 1 };
 
 constexpr int kMaxSlotPairs = 8192;    // R*T*K of one small batch
 constexpr int kMaxSlotExperts = 1024;  // what fits 48 KiB of shared memory beside them
-
-constexpr int kSlotSets = 3;  // starts use them in turn
-
-// What a word of 32 bits of a slot holds before anything comes.
-constexpr uint32_t kEmptyWord = ~0u;
 
 constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
@@ -49,7 +43,7 @@ constexpr SlotLayout slot_layout(const SlotSize& s) {
 
 // Of one rank.
 constexpr size_t slot_bytes(int num_ranks, const SlotSize& s) {
-  return s.tokens == 0 ? 0 : 2 * kSlotSets * size_t(num_ranks) * slot_layout(s).total;
+  return s.tokens == 0 ? 0 : 4 * size_t(num_ranks) * slot_layout(s).total;
 }
 
 }  // namespace jax_ep

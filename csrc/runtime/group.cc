@@ -190,14 +190,6 @@ void Group::settle() const {
   }
 }
 
-void Group::empty_slots(char* block) const {
-  if (slots_.tokens == 0) return;
-  const SlotLayout lie = slot_layout(slots_);
-  require(cudaMemset2D(block + control_bytes() + lie.rows, lie.total, kEmptyWord & 0xff,
-                       lie.total - lie.rows, slot_bytes(num_ranks(), slots_) / lie.total),
-          "cudaMemset of slots");
-}
-
 void Group::reset(uint64_t generation, double timeout_s, int ranks_per_device) {
   timeout_s_ = timeout_s;
   ranks_per_device_ = ranks_per_device;
@@ -212,7 +204,6 @@ void Group::reset(uint64_t generation, double timeout_s, int ranks_per_device) {
     OnDevice on(device);
     char* block = control_[device][r];
     require(cudaMemset(block, 0, shared_bytes()), "cudaMemset of a control block");
-    empty_slots(block);
     Header header{};
     header.timeout_ns = static_cast<uint64_t>(timeout_s * 1e9);
     header.generation = generation;

@@ -73,8 +73,6 @@ class Group {
 
  private:
   void release() noexcept;
-  // Rows of all slots behind a control block here.
-  void empty_slots(char* block) const;
   // Of a rank: its control block, then its slots or its rings.
   size_t shared_bytes() const {
     return nodes_ ? nodes_->at.total : control_bytes() + slot_bytes(num_ranks(), slots_);

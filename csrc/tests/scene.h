@@ -287,17 +287,13 @@ struct Scene {
   // Where rank 0 finds what rank 1 has sent with its last start of a kind.
   size_t last_from_rank_1(SlotKind kind) {
     const size_t i = size_t(kind), one = slot_layout(slots).total;
-    const size_t set = read(1, at.header + offsetof(Header, last_start) + 8 * i) >> 62;
-    return at.total + ((i * kSlotSets + set) * num_ranks() + 1) * one;
+    const size_t parity = read(1, at.header + offsetof(Header, started) + 8 * i) & 1;
+    return at.total + ((i * 2 + parity) * num_ranks() + 1) * one;
   }
-  // What is in rank r's control block and slots; kernels may run.
-  Bytes read_bytes(int r, size_t offset, size_t bytes) {
-    Bytes there(bytes);
-    copy_aside(there.data(), group.peers(r).control[r] + offset, bytes);
-    return there;
-  }
-  void write_bytes(int r, size_t offset, const Bytes& bytes) {
-    copy_aside(group.peers(r).control[r] + offset, bytes.data(), bytes.size());
+  // Zeros into rank r's control block and slots, as if these words had never come.
+  void erase(int r, size_t offset, size_t bytes) {
+    const Bytes zeros(bytes);
+    copy_aside(group.peers(r).control[r] + offset, zeros.data(), bytes);
   }
   // The ticket of rank 0's last dispatch start.
   int ticket() { return h.a.dispatch_ticket[0]->host()[0]; }

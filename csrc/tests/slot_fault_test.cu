@@ -74,24 +74,16 @@ void a_late_peer_that_was_not_told(Scene& s) {
 // there.
 void a_peer_whose_words_are_missing(Scene& s) {
   const SlotLayout lie = slot_layout(s.slots);
-  const size_t row = s.c.hidden * 2;  // of the first token; each has some on rank 0
-  constexpr char kEmpty = char(0xff);
   const struct {
     SlotKind kind;
     size_t offset, bytes;
     Phase phase;
-    char before = 0;
   } missing[] = {
       {SlotKind::kDispatch, 0, sizeof(uint64_t), Phase::kReady},
       {SlotKind::kDispatch, lie.flags, lie.words - lie.flags, Phase::kRows},
       {SlotKind::kDispatch, lie.words, lie.rows - lie.words, Phase::kRouting},
-      {SlotKind::kDispatch, lie.rows, row, Phase::kRows, kEmpty},
-      {SlotKind::kDispatch, lie.rows + row - 4, 4, Phase::kRows, kEmpty},
-      {SlotKind::kDispatch, lie.rows + row, 4 * 3, Phase::kRows, kEmpty},  // scalars
       {SlotKind::kCombine, 0, sizeof(uint64_t), Phase::kReady},
       {SlotKind::kCombine, lie.flags, lie.words - lie.flags, Phase::kRows},
-      {SlotKind::kCombine, lie.rows, row, Phase::kRows, kEmpty},
-      {SlotKind::kCombine, lie.rows + row - 4, 4, Phase::kRows, kEmpty},
   };
   for (const auto& one : missing) {
     const bool is_dispatch = one.kind == SlotKind::kDispatch;
@@ -100,43 +92,13 @@ void a_peer_whose_words_are_missing(Scene& s) {
     EXPECT(works(s));
     s.mark(0);
     EXPECT(s.run(start, start) < kAtOnce);
-    s.write_bytes(0, s.last_from_rank_1(one.kind) + one.offset, Bytes(one.bytes, one.before));
+    s.erase(0, s.last_from_rank_1(one.kind) + one.offset, one.bytes);
     EXPECT(s.run(done, kNothing) < 2 * kTimeout);
     EXPECT(is(s.fault(0), Fault::kTimeout,
               is_dispatch ? Operation::kDispatchDone : Operation::kCombineDone, 0, 1));
     EXPECT(s.fault(0).phase == static_cast<uint32_t>(one.phase));
     EXPECT(is_dispatch ? s.rows_are_nan(0) : s.out_is_nan(0));
     s.restart();
-  }
-}
-
-// A row may come long after its flag, and in pieces: a done waits for each of its words.
-void rows_that_come_after_their_flags(Scene& s) {
-  const SlotLayout lie = slot_layout(s.slots);
-  const size_t piece = 64, bytes = s.c.hidden * 2;
-  for (SlotKind kind : {SlotKind::kDispatch, SlotKind::kCombine}) {
-    const bool is_dispatch = kind == SlotKind::kDispatch;
-    const Program start = is_dispatch ? kStart : kCombineStart,
-                  done = is_dispatch ? kDone : kCombineDone;
-    EXPECT(works(s));
-    s.poison_all();
-    EXPECT(s.run_all(is_dispatch ? start : kStart + kDone + kCombineStart) < kAtOnce);
-    const size_t rows = s.last_from_rank_1(kind) + lie.rows;
-    const Bytes first = s.read_bytes(0, rows, bytes);
-    s.write_bytes(0, rows, Bytes(bytes, char(0xff)));
-    if (s.replayed) s.prepare(0, done);
-    const double waited = s.seconds([&] {
-      s.issue(0, done);
-      std::this_thread::sleep_for(std::chrono::duration<double>(kTimeout / 4));
-      for (size_t at = bytes; at != 0; at -= piece) {  // the last ones first
-        const auto from = first.begin() + (at - piece);
-        s.write_bytes(0, rows + at - piece, Bytes(from, from + piece));
-      }
-    });
-    EXPECT(waited > kTimeout / 4 && waited < kTimeout);
-    EXPECT(s.run(kNothing, done) < kAtOnce);
-    if (is_dispatch) EXPECT(s.run_all(kCombineStart + kCombineDone) < kAtOnce);
-    EXPECT(s.all_right());
   }
 }
 
@@ -372,7 +334,6 @@ constexpr Named kCases[] = {
     {"a peer that comes too late", a_peer_that_comes_too_late},
     {"a late peer that was not told", a_late_peer_that_was_not_told},
     {"a peer whose words are missing", a_peer_whose_words_are_missing},
-    {"rows that come after their flags", rows_that_come_after_their_flags},
     {"a start returns and its done waits", a_start_returns_and_its_done_waits},
     {"one in flight of each kind", one_in_flight_of_each_kind},
     {"halves that do not take turns", halves_that_do_not_take_turns},
