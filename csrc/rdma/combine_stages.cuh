@@ -210,7 +210,7 @@ class Stages {
     for (int j = threadIdx.x; j < L; j += blockDim.x) {
       const Turn there = {rings_.index, partial(j).number};
       auto* credit = reinterpret_cast<uint64_t*>(rings_.of(first + j, rings_.emptied(there)));
-      store_release_sys(credit, rings_.credit(there));
+      store_release_sys(credit, rings_.credit(there));  // publishes that the partial has been read
     }
     hand_over(turn, slot, rows);
     return true;
@@ -221,6 +221,7 @@ class Stages {
   __device__ void hand_over(const Turn& turn, const char* slot, int rows) const {
     if (turn.ring == rings_.node) {
       if (threadIdx.x == 0) {
+        // Publishes the own node's message, for `sum_nodes_chunk`.
         store_release_sys(rings_.word(rings_.arrived(turn)), rings_.stamp(turn));
       }
       return;
@@ -278,6 +279,7 @@ class Stages {
     for (int n = threadIdx.x; n < N; n += blockDim.x) {
       const Turn there = {rings_.node, turn(n).number};
       if (n == rings_.node) {
+        // Publishes that it has been read, for `sum_node_chunk`.
         store_release_sys(rings_.word(rings_.credited(there)), rings_.credit(there));
       } else {
         q_.transport.signal(rings_.rank_of(n), rings_.credited(there), rings_.credit(there));

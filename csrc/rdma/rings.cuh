@@ -68,13 +68,14 @@ class Rings {
   }
 
   // By one thread: wait until the slot of `t` is free, whose flag of the last message there is at
-  // `credit_at`. `rank` gives it back. False: give up.
+  // `credit_at`. `rank` gives it back: acquires that it has read the slot. False: give up.
   __device__ bool await_room(const Turn& t, uint64_t credit_at, int rank) const {
     if (t.number < at_.slots) return true;
     const uint64_t last = credit({t.ring, t.number - at_.slots});
     return op_.await(word(credit_at), last, rank, Phase::kRoom);
   }
-  // By one thread: wait until the message `t` of `rank` is there, with its flag at `flag_at`.
+  // By one thread: wait until the message `t` of `rank` is there, with its flag at `flag_at`:
+  // acquires it. False: give up.
   __device__ bool await_message(const Turn& t, uint64_t flag_at, int rank) const {
     return op_.await(word(flag_at), stamp(t), rank, Phase::kMessage);
   }
