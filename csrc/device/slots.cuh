@@ -24,7 +24,15 @@ constexpr int kDataThreads = 32 * kDataWarps;
 __device__ __forceinline__ bool is_post_warp() { return threadIdx.x >= kDataThreads; }
 
 // Barriers of a block besides __syncthreads.
-enum Barrier { kPushed = 1, kData = 2, kPlanned = 3, kPosted = 4, kArrived = 5, kOpened = 6 };
+enum Barrier {
+  kPushed = 1,
+  kData = 2,
+  kPlanned = 3,
+  kPosted = 4,
+  kArrived = 5,
+  kOpened = 6,
+  kRouted = 7,
+};
 
 // By the data warps.
 __device__ __forceinline__ void data_sync() {
@@ -56,6 +64,12 @@ __device__ __forceinline__ void rows_pushed(bool last) {
 __device__ __forceinline__ bool all_arrived(bool mine) {
   __syncwarp();
   return bar_and(kArrived, kSlotThreads, mine);
+}
+
+// The same of the routing of other nodes, which comes first.
+__device__ __forceinline__ bool all_routed(bool mine) {
+  __syncwarp();
+  return bar_and(kRouted, kSlotThreads, mine);
 }
 
 // A set of ranks.
@@ -148,6 +162,9 @@ struct SlotRow {
 // which waits for all others and then poisons the results.
 class SlotOp {
  public:
+  // What extends it (rdma/slot_op_nodes.cuh) says true, and hides what is another way there.
+  static constexpr bool kSpansNodes = false;
+
   // By all threads of a block, first of all; a barrier of the data warps.
   __device__ static void open() {
     if (is_counter()) {
@@ -197,6 +214,12 @@ class SlotOp {
     return true;
   }
 
+  // Whether what this rank has for `rank` goes there by stores.
+  __device__ bool stores_to(int rank) const { return rank != op.me; }
+  // In which outboxes a row for the ranks `named` is stored; whether that of `rank` holds rows.
+  __device__ RankSet outboxes_of(const RankSet& named) const { return named; }
+  __device__ bool fills(int rank) const { return rank != op.me; }
+
   // What this rank has sent to `rank`, and what `source` has sent here.
   __device__ Inbox outbox(int rank) const {
     const Peers& peers = op.call.peers;
@@ -205,6 +228,11 @@ class SlotOp {
   __device__ Inbox inbox(int source) const {
     const Peers& peers = op.call.peers;
     return Inbox(peers.slots, peers.control[op.me] + first_ + source * peers.slots.total);
+  }
+
+  // Where the words of routing lie that hold part `h` of the choices of token `t` of `source`.
+  __device__ const uint64_t* arrived_words(int source, int t, int h) const {
+    return inbox(source).words(t) + 2 * h;
   }
 
   // By one warp: greet all peers, and await their greetings (false: give up). A greeting says

@@ -55,7 +55,8 @@ __device__ inline int choice_of_lane(const SlotDispatchParams& p, int t) {
 
 // By one warp: the words of one of my tokens, to all peers. A choice out of range is an error, and
 // its word is not pushed: who waits for it finds the group broken.
-__device__ inline void push_words(const SlotDispatchParams& p, const SlotOp& s, int t, int choice) {
+template <typename S>
+__device__ void push_words(const SlotDispatchParams& p, const S& s, int t, int choice) {
   const int K = p.exchange.top_k, E = p.exchange.num_experts;
   const bool valid = choice >= -1 && choice < E;
   if (!valid) refuse_choice(s.op, choice, E);
@@ -66,7 +67,7 @@ __device__ inline void push_words(const SlotDispatchParams& p, const SlotOp& s, 
   if (lane_id() >= ceil_div(K, 2) || even == kRefused || odd == kRefused) return;
   const uint64_t word = make_word(word_tag(s.tag), even, odd);  // lanes from K on hold -1
   for (int r = 0; r < s.op.R; ++r) {
-    if (r != s.op.me) store_relaxed(s.outbox(r).words(t) + lane_id(), word);
+    if (s.stores_to(r)) store_relaxed(s.outbox(r).words(t) + lane_id(), word);
   }
 }
 
@@ -86,10 +87,11 @@ __device__ __noinline__ inline bool await_word(const Call& call, uint64_t tag, c
 
 // Part `h` of the choices of token `t` of `source`, a peer, those from K on being anything. False:
 // give up.
-__device__ inline bool gather_part(const SlotDispatchParams& p, const SlotOp& s, int source, int t,
-                                   int h, int (&choice)[kPart]) {
+template <typename S>
+__device__ bool gather_part(const SlotDispatchParams& p, const S& s, int source, int t, int h,
+                            int (&choice)[kPart]) {
   const Inbox inbox = s.inbox(source);
-  const uint64_t* at = inbox.words(t) + 2 * h;
+  const uint64_t* at = s.arrived_words(source, t, h);
   ulonglong2 w = load_relaxed(reinterpret_cast<const ulonglong2*>(at));
   const uint32_t tag = word_tag(s.tag);
   if (tag_of(w.x) != tag && !await_word(s.op.call, s.tag, at, inbox.hello(), source, &w.x)) {
@@ -106,8 +108,9 @@ __device__ inline bool gather_part(const SlotDispatchParams& p, const SlotOp& s,
 
 // By the data warps: every choice of the group, and how many pairs name each expert. False, for
 // this thread: give up.
-__device__ inline bool gather_choices(const SlotDispatchParams& p, const SlotDispatchSizes& sizes,
-                                      const SlotOp& s, const SlotShared& shared) {
+template <typename S>
+__device__ bool gather_choices(const SlotDispatchParams& p, const SlotDispatchSizes& sizes,
+                               const S& s, const SlotShared& shared) {
   const int T = p.exchange.num_tokens, K = p.exchange.top_k, E = p.exchange.num_experts;
   const int all = s.op.R * T * sizes.parts;
 #pragma unroll 1

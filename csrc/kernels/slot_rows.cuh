@@ -98,16 +98,17 @@ __device__ inline RankSet named_by(const SlotDispatchParams& p, const PlanSizes&
   return RankSet::of_lanes(valid ? sizes.by_local(choice) : -1);
 }
 
-// By one warp: its task of my token t, to the peers that it names.
-template <Wire W, typename T>
+// By one warp: its task of my token t, to the peers that it names; for those on other nodes, once,
+// to where the network takes it.
+template <Wire W, typename T, typename S>
 __device__ __forceinline__ void push_task(const SlotDispatchParams& p,
-                                          const SlotDispatchSizes& sizes, const SlotOp& s, int t,
+                                          const SlotDispatchSizes& sizes, const S& s, int t,
                                           const Task& task, const WireVec<W, T>& piece, int choice,
                                           float scalar) {
   const SlotRow lie = slot_row<W>(p);
-  const RankSet named = named_by(p, sizes.plan, choice);
+  const RankSet to = s.outboxes_of(named_by(p, sizes.plan, choice));
   for (int r = 0; r < s.op.R; ++r) {
-    if (r == s.op.me || !named.has(r)) continue;
+    if (!s.fills(r) || !to.has(r)) continue;
     char* slot = s.outbox(r).slot(t);
     if (!task.is_last) {
       if (task.vec < sizes.x_vecs) piece.store(slot, lie.scales_of(slot), task.vec);
@@ -126,10 +127,9 @@ __device__ __forceinline__ void push_task(const SlotDispatchParams& p,
 
 // By the data warps: rows of the block's own tokens, to the peers that they name. `first` is the
 // piece of the thread's first task.
-template <Wire W, typename T>
-__device__ void push_rows(const SlotDispatchParams& p, const SlotDispatchSizes& sizes,
-                          const SlotOp& s, int own, const Early& early,
-                          const WireVec<W, T>& first) {
+template <Wire W, typename T, typename S>
+__device__ void push_rows(const SlotDispatchParams& p, const SlotDispatchSizes& sizes, const S& s,
+                          int own, const Early& early, const WireVec<W, T>& first) {
   for (int from = 0; from < own; from += kSlotGroup) {
     const int tasks = min_int(kSlotGroup, own - from) * sizes.x_tasks;
     for (int i = threadIdx.x / 32; i < tasks; i += kDataWarps) {
@@ -142,6 +142,7 @@ __device__ void push_rows(const SlotDispatchParams& p, const SlotDispatchSizes& 
                   choice_of_lane(p, t), scalar_of_lane(p, t));
       }
     }
+    if constexpr (S::kSpansNodes) s.put_rows(p, sizes, slot_row<W>(p), from, own);
     rows_pushed(from + kSlotGroup >= own);
   }
 }
