@@ -32,14 +32,15 @@ def mesh():
 def exchange(mesh, config, *, late=0, steps=1):
     """A jitted function of (x, idx): dispatch and combine, `steps` times, rank 1 `late` by as much."""
 
-    def delay(x):
+    def delay(x, idx):  # both: the plan needs but idx
         turns = jnp.where(lax.axis_index("expert") == 1, late, 0)
         busy = lambda _, m: jnp.tanh(m @ m)
         m = lax.pcast(jnp.eye(256), "expert", to="varying")
-        return x + 0 * lax.fori_loop(0, turns, busy, m)[0, 0]
+        zero = 0 * lax.fori_loop(0, turns, busy, m)[0, 0]
+        return x + zero, idx + zero.astype(idx.dtype)
 
     def step(_, x, idx):
-        x = delay(x) if late else x
+        x, idx = delay(x, idx) if late else (x, idx)
         d = jax_ep.dispatch(x, idx, num_experts=E, config=config)
         return jax_ep.combine(d.tokens, d.handle)
 

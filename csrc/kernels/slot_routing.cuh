@@ -79,7 +79,10 @@ __device__ __noinline__ inline bool await_word(const Call& call, uint64_t tag, c
   for (;;) {
     for (int i = 0; i < 32; ++i) {
       *word = load_relaxed(at);
-      if (tag_of(*word) == word_tag(tag)) return true;
+      if (tag_of(*word) == word_tag(tag)) {
+        note_wait(call, source, start);
+        return true;
+      }
     }
     if (is_hopeless(call, tag, start, source, Phase::kRouting, load_relaxed(hello))) return false;
   }
