@@ -33,7 +33,7 @@ def test_a_group_keeps_its_nodes_and_network():
     with pytest.raises(ValueError, match="another gpus_per_node: expected 2, got 1.*finalize"):
         jax_ep.initialize(mesh, "nodes", config=jax_ep.Config(gpus_per_node=1))
     other = jax_ep.Config(gpus_per_node=2, rdma=jax_ep.Rdma(ring_slots=3))
-    with pytest.raises(ValueError, match="another rdma.*ring_slots=16.*ring_slots=3"):
+    with pytest.raises(ValueError, match="another rdma.*ring_slots=96.*ring_slots=3"):
         jax_ep.initialize(mesh, "nodes", config=other)
     jax_ep.finalize()
     jax_ep.initialize(mesh, "nodes", config=other)
@@ -56,7 +56,7 @@ def test_pieces_are_alike_in_all_processes():
     ]
     assert pieces[0] == pieces[1]
     first, second = pieces[0]
-    *_, (_, _, at, size) = _ffi.ring_layout(2, 1, 16, jax_ep.Rdma().ring_slot_bytes)
+    *_, (_, _, at, size) = _ffi.ring_layout(2, 1, 96, jax_ep.Rdma().ring_slot_bytes)
     assert second.offset - first.offset == -(-(at + size) // ALIGNMENT) * ALIGNMENT
     assert _nodes.take(here, "0,1", topology, jax_ep.Rdma()) == first  # a restart
     small = _nodes.take(here, "0,1", topology, jax_ep.Rdma(ring_slots=1))

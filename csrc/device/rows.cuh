@@ -59,6 +59,25 @@ struct Pack {
   __device__ explicit Pack(const Vec& v) : vec(v) {}
 };
 
+// The values of one Vec.
+template <typename T>
+__device__ __forceinline__ void unpack(const Vec& vec, float (&value)[Pack<T>::kCount]) {
+  const Pack<T> pack(vec);
+#pragma unroll
+  for (int i = 0; i < Pack<T>::kCount; ++i) value[i] = to_float(pack.element[i]);
+}
+
+// Two in a word, which are the upper halves of floats: one instruction each.
+template <>
+__device__ __forceinline__ void unpack<__nv_bfloat16>(const Vec& vec, float (&value)[8]) {
+  const uint32_t words[4] = {vec.x, vec.y, vec.z, vec.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    value[2 * i] = __uint_as_float(words[i] << 16);
+    value[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+  }
+}
+
 // FP8 values of the channels of one Vec of T.
 template <typename T>
 struct Fp8 {

@@ -19,7 +19,7 @@ constexpr int kMaxRanks = 64;
 constexpr int kMaxTopK = 32;
 constexpr int kMaxExperts = 3072;   // what fits the plan's shared memory
 constexpr int kMaxPairs = 65536;    // T*K of one rank
-constexpr int kMaxChunks = 256;     // done flags of one source in one operation
+constexpr int kMaxChunks = 1024;    // done flags of one source in one operation
 constexpr int kMaxOutputs = 3;      // buffers of one operation that peers write
 constexpr int kMaxAllocations = 8;  // pieces of a peer's memory that this process has mapped
 

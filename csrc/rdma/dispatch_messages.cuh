@@ -80,8 +80,8 @@ class Messages {
     const int rows = tokens.count();
     if (warp == 0) write_head(slot, rings_.stamp(turn), rows, tokens);
     __syncthreads();  // the block's writes before the put
-    const Turn there = {rings_.node, turn.number};
-    q_.transport.put_signal(rings_.rank_of(node), rings_.received(there), slot,
+    const Turn there = turn.of(rings_.node);
+    q_.transport.put_signal(rings_.rank_of(node), rings_.received(there, node), slot,
                             q_.shape.bytes(rows), rings_.arrived(there), rings_.stamp(turn));
     return true;
   }
@@ -120,7 +120,7 @@ class Messages {
       if (good) q_.transport.receive(rings_.word(rings_.arrived(turn)), rings_.stamp(turn));
     }
     if (!__syncthreads_and(good)) return false;
-    const char* slot = rings_.here(rings_.received(turn));
+    const char* slot = rings_.here(rings_.received(turn, rings_.node));
     if (threadIdx.x < 32) {
       good = read_head(slot, rings_.stamp(turn), tokens_of(chunk), &tokens);
       if (!good && threadIdx.x == 0) {
@@ -134,7 +134,7 @@ class Messages {
       store_release_sys(b_.op.block(p).done(source, chunk), b_.op.tag);  // publishes the chunk
     }
     if (threadIdx.x == 0) {
-      const Turn there = {rings_.node, turn.number};
+      const Turn there = turn.of(rings_.node);
       q_.transport.signal(source, rings_.credited(there), rings_.credit(turn));
     }
     return true;

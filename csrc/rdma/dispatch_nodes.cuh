@@ -23,8 +23,6 @@
 
 namespace jax_ep {
 
-constexpr int kNodeWirePercent = 25;
-
 // `held`: for each warp, as many floats as a row has scales, in shared memory.
 template <Wire W, typename T, typename Transport>
 __device__ void dispatch_between_nodes(const WithTransport<NodeDispatch, Transport>& q,
@@ -32,8 +30,8 @@ __device__ void dispatch_between_nodes(const WithTransport<NodeDispatch, Transpo
   const DispatchParams& p = q.dispatch;
   const Op op(p.call);
   const Rings rings(op, q.at);
-  const int percent = p.wire_percent > 0 ? p.wire_percent : kNodeWirePercent;
-  const NodeRoles roles = split_node_roles(gridDim.x, rings.L, percent);
+  const NodeRoles roles =
+      split_node_roles(gridDim.x, rings.L, p.wire_percent, q.send_percent, q.forward_percent);
   const Body b{p, op, Roles{roles.wire, roles.local}, q.shape.chunk,
                ceil_div(p.exchange.num_tokens, q.shape.chunk)};
   if (!op.began_broken()) {

@@ -20,12 +20,15 @@ struct NodeDispatch {
   DispatchParams dispatch;
   RingLayout at;
   MessageShape shape;  // from dispatch_message
+  // Of blocks, 0 for the default: split_node_roles.
+  int send_percent = 0, forward_percent = 0;
 };
 
 struct NodeCombine {
   CombineParams combine;  // without `partials`
   RingLayout at;
-  MessageShape shape;  // from combine_message
+  MessageShape shape;       // from combine_message
+  int gateway_percent = 0;  // of blocks, 0 for the default: split_combine_roles
 };
 
 // What a kernel takes: one of these, and the network.
@@ -42,10 +45,16 @@ struct RankElements {
 // The launchers of libjax_ep_rdma.so. `how.num_sms` is raised to the least that has all roles. A
 // combine's partials travel in y's type.
 cudaError_t load_node_kernels();
+cudaError_t load_node_slot_dispatch();
+cudaError_t load_node_slot_combine();
 cudaError_t launch_node_routing(const NodeRouting& p, const RankElements& e, const Launch& how);
 cudaError_t launch_node_dispatch(const NodeDispatch& p, const RankElements& e, Element x, Wire wire,
                                  const Launch& how);
 cudaError_t launch_node_combine(const NodeCombine& p, const RankElements& e, Element y,
                                 const Launch& how);
+cudaError_t launch_node_slot_dispatch(const SlotDispatchParams& p, const RankElements& e, Element x,
+                                      Wire wire, const Launch& how);
+cudaError_t launch_node_slot_combine(const SlotCombineParams& p, const RankElements& e, Element y,
+                                     const Launch& how);
 
 }  // namespace jax_ep

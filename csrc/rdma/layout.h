@@ -20,10 +20,10 @@ struct RingSize {
   int slot_bytes = 0;  // a multiple of 128
 };
 
-// Messages that a rank has sent and received in each of its rings; on all ranks alike.
+// Messages that have gone through each ring; on all ranks alike.
 struct RingCounters {
-  uint64_t remote;  // for each other node
-  uint64_t own;     // for the own node; times the number of nodes: partials
+  uint64_t remote;  // to and from each other node
+  uint64_t own;     // chunks whose partials have gone through; times the number of nodes: partials
 };
 
 // Offsets from the start of the control block.
@@ -39,20 +39,20 @@ constexpr int kMostChunkTokens = 256;
 constexpr int kMostChunkPairs = 1024;
 constexpr int kChunksOfFew = 8, kFewTokens = 16;
 
-// The declaration of the layout: `visit(name, writer, bytes)` in order.
+// The declaration of the layout: `visit(name, writer, bytes)` in order. Nothing goes to oneself.
 template <typename Visit>
 constexpr void visit_rings(int nodes, int local_ranks, const RingSize& size, Visit&& visit) {
   const size_t N = nodes, L = local_ranks, flags = size.slots * sizeof(uint64_t);
   const size_t ring = size_t(size.slots) * size.slot_bytes;
   visit("counters", "this rank", sizeof(RingCounters));
   visit("words", "this rank: its routing [parity][pair/2]", 2 * kMaxPairs / 2 * sizeof(uint64_t));
-  visit("arrived", "rank of node n, own too: arrived[n][slot]", N * flags);
-  visit("credit", "rank of node n, own too: credit[n][slot]", N * flags);
+  visit("arrived", "rank of node n: arrived[n][slot]", N * flags);
+  visit("credit", "rank of node n: credit[n][slot]", N * flags);
   visit("send", "this rank: messages [other node][slot]", (N - 1) * ring);
-  visit("receive", "rank of node n, own too: messages [n][slot]", N * ring);
-  visit("filled", "rank j of this node, own too: filled[j][slot]", L * flags);
-  visit("emptied", "rank j of this node, own too: emptied[j][slot]", L * flags);
-  visit("partials", "rank j of this node, own too: partials[j][slot]", L * ring);
+  visit("receive", "rank of node n: messages [other node][slot]", (N - 1) * ring);
+  visit("filled", "rank j of this node: filled[j][slot]", L * flags);
+  visit("emptied", "rank j of this node: emptied[j][slot]", L * flags);
+  visit("partials", "rank j of this node: partials[other j][slot]", (L - 1) * ring);
   visit("scalars", "ranks of this node: scalars[slot][pair of a chunk]",
         size_t(size.slots) * kMostChunkPairs * sizeof(float));
 }
@@ -149,32 +149,51 @@ inline int most_slot_bytes(const MessageShape& in_any_slot) {
 }
 
 // How the blocks of a launch share the roles between nodes: `wire` and `local` as inside a node,
-// the first and the last blocks, between them `send` and `forward`.
+// the first and the last blocks, between them `send` and `forward`. Percent of blocks, the latter
+// two of those that are not `wire`; 0 for the default.
 struct NodeRoles {
   int wire, send, forward, local;
 };
 
 constexpr int kLeastDispatchBlocks = 4, kLeastCombineBlocks = 3;  // one for each role
+constexpr int kNodeWirePercent = 25, kSendPercent = 25, kForwardPercent = 38;
 
-JAX_EP_HD NodeRoles split_node_roles(int num_blocks, int local_ranks, int wire_percent) {
+JAX_EP_HD NodeRoles split_node_roles(int num_blocks, int local_ranks, int wire_percent,
+                                     int send_percent, int forward_percent) {
+  auto share = [](int blocks, int percent, int usual) {
+    return max_int(1, blocks * (percent > 0 ? percent : usual) / 100);
+  };
   NodeRoles r;
-  r.wire = local_ranks == 1 ? 0 : max_int(1, (num_blocks - 3) * wire_percent / 100);
-  r.send = max_int(1, (num_blocks - r.wire) / 4);
-  r.forward = max_int(1, (num_blocks - r.wire - r.send) / 2);
-  r.local = num_blocks - r.wire - r.send - r.forward;
+  r.wire = local_ranks == 1 ? 0 : share(num_blocks - 3, wire_percent, kNodeWirePercent);
+  const int others = num_blocks - r.wire;
+  r.send = min_int(share(others, send_percent, kSendPercent), others - 2);
+  r.forward = min_int(share(others, forward_percent, kForwardPercent), others - r.send - 1);
+  r.local = others - r.send - r.forward;
   return r;
 }
 
-// The same of a combine: blocks that make partials, sum a node's, and sum the nodes'.
+// The same of a combine: blocks that make partials, sum a node's, and sum the nodes'. By what they
+// move, in rows of a token: each reads its rank's own, K / R about; and rows of all that may come.
+// `gateway_percent` of the blocks, or 0, sum a node's instead.
 struct CombineRoles {
   int partial, gateway, reduce;
 };
 
-JAX_EP_HD CombineRoles split_combine_roles(int num_blocks) {
+JAX_EP_HD CombineRoles split_combine_roles(int num_blocks, int num_ranks, int local_ranks,
+                                           int top_k, int gateway_percent) {
+  const int N = num_ranks / local_ranks, L = local_ranks;
+  // In 1 / R of a row, and with one row for what an item costs before its first.
+  const int own = top_k + num_ranks, partials = (L - 1) * min_int(top_k, num_ranks);
+  const int partial = N * (L - 1) * (own + min_int(top_k, num_ranks));
+  const int gateway = (N - 1) * (own + partials + 3 * num_ranks);  // writes and sends a row
+  const int reduce = own + partials + N * num_ranks;
+  const int all = partial + gateway + reduce;
   CombineRoles r;
-  r.gateway = max_int(1, num_blocks / 3);
-  r.reduce = max_int(1, num_blocks / 4);
-  r.partial = num_blocks - r.gateway - r.reduce;
+  r.partial = L == 1 ? 0 : max_int(1, min_int(num_blocks - 2, num_blocks * partial / all));
+  const int wanted =
+      gateway_percent > 0 ? num_blocks * gateway_percent / 100 : num_blocks * gateway / all;
+  r.gateway = max_int(1, min_int(num_blocks - r.partial - 1, wanted));
+  r.reduce = num_blocks - r.partial - r.gateway;
   return r;
 }
 

@@ -6,10 +6,13 @@
 
 namespace jax_ep {
 
-// A place in a ring: of which node or rank, which message.
+// A place in a ring: of which node or rank, which message, in which slot.
 struct Turn {
   int ring;
   uint64_t number;
+  uint32_t slot;
+  // That of the same message as the other side has it, in the ring of node or rank `ring`.
+  __device__ Turn of(int ring) const { return {ring, number, slot}; }
 };
 
 class Rings {
@@ -25,14 +28,18 @@ class Rings {
     const auto* counters = reinterpret_cast<const uint64_t*>(base_ + at.counters);
     remote_ = load_relaxed(counters);
     own_ = load_relaxed(counters + 1);
+    remote_slot_ = remote_ % at_.slots;
+    own_slot_ = own_ * N % at_.slots;
   }
 
-  // Message `chunk` of this operation from or to node n, between ranks with my index.
+  // Message `chunk` of this operation from or to another node n, between ranks with my index.
   __device__ Turn message(int n, int chunk) const {
-    return {n, (n == node ? own_ : remote_) + chunk};
+    return {n, remote_ + chunk, (remote_slot_ + chunk) % at_.slots};
   }
-  // The `item`-th message of partials from or to rank j of this node.
-  __device__ Turn partial(int j, int item) const { return {j, own_ * N + item}; }
+  // The `item`-th message of partials from or to another rank j of this node.
+  __device__ Turn partial(int j, int item) const {
+    return {j, own_ * N + item, (own_slot_ + item) % at_.slots};
+  }
 
   // By the last thread of the operation: so many messages have gone through each ring.
   __device__ void advance(int remote, int own) const {
@@ -45,19 +52,20 @@ class Rings {
   __device__ uint64_t stamp(const Turn& t) const { return make_stamp(op_.tag, t.number); }
   __device__ uint64_t credit(const Turn& t) const { return make_credit(op_.tag, t.number); }
 
-  // Offsets, on every rank.
+  // Offsets, on every rank. Slots that node or rank `owner` receives into, of others.
   __device__ uint64_t arrived(const Turn& t) const { return at_.arrived + flag(t); }
   __device__ uint64_t credited(const Turn& t) const { return at_.credit + flag(t); }
-  __device__ uint64_t received(const Turn& t) const { return at_.receive + slot(t); }
   __device__ uint64_t filled(const Turn& t) const { return at_.filled + flag(t); }
   __device__ uint64_t emptied(const Turn& t) const { return at_.emptied + flag(t); }
-  __device__ uint64_t partials(const Turn& t) const { return at_.partials + slot(t); }
-  __device__ uint64_t scalars(const Turn& t) const {
-    return at_.scalars + t.number % at_.slots * (kMostChunkPairs * sizeof(float));
+  __device__ uint64_t received(const Turn& t, int owner) const {
+    return at_.receive + slot(t, owner);
   }
-  // Of my messages to other nodes; the own node has none.
-  __device__ uint64_t to_send(const Turn& t) const {
-    return at_.send + slot({t.ring < node ? t.ring : t.ring - 1, t.number});
+  __device__ uint64_t partials(const Turn& t, int owner) const {
+    return at_.partials + slot(t, owner);
+  }
+  __device__ uint64_t to_send(const Turn& t) const { return at_.send + slot(t, node); }
+  __device__ uint64_t scalars(const Turn& t) const {
+    return at_.scalars + t.slot * (kMostChunkPairs * sizeof(float));
   }
 
   // At an offset of rank r's arena, r of this node; of mine.
@@ -71,7 +79,7 @@ class Rings {
   // `credit_at`. `rank` gives it back: acquires that it has read the slot. False: give up.
   __device__ bool await_room(const Turn& t, uint64_t credit_at, int rank) const {
     if (t.number < at_.slots) return true;
-    const uint64_t last = credit({t.ring, t.number - at_.slots});
+    const uint64_t last = make_credit(op_.tag, t.number - at_.slots);
     return op_.await(word(credit_at), last, rank, Phase::kRoom);
   }
   // By one thread: wait until the message `t` of `rank` is there, with its flag at `flag_at`:
@@ -82,16 +90,18 @@ class Rings {
 
  private:
   __device__ uint64_t flag(const Turn& t) const {
-    return (t.ring * uint64_t(at_.slots) + t.number % at_.slots) * sizeof(uint64_t);
+    return (t.ring * at_.slots + t.slot) * sizeof(uint64_t);
   }
-  __device__ uint64_t slot(const Turn& t) const {
-    return (t.ring * uint64_t(at_.slots) + t.number % at_.slots) * at_.slot_bytes;
+  __device__ uint64_t slot(const Turn& t, int owner) const {  // which has no ring of its own
+    const int ring = t.ring < owner ? t.ring : t.ring - 1;
+    return (ring * at_.slots + t.slot) * at_.slot_bytes;
   }
 
   const Op& op_;
   const RingLayout& at_;
   char* const base_;
   uint64_t remote_, own_;
+  uint32_t remote_slot_, own_slot_;  // of the first message, and the first partial
 
  public:
   const int L, N;         // ranks of a node, nodes

@@ -144,11 +144,12 @@ inline NodeRouting routing_of(const Case& c, const RankArrays& a, const Peers& p
 }
 inline NodeDispatch dispatch_of(const Case& c, const RankArrays& a, const Peers& peers,
                                 const RingLayout& at) {
-  return {dispatch_params(c, a, peers), at, dispatch_shape(c, at.slot_bytes)};
+  return {dispatch_params(c, a, peers), at, dispatch_shape(c, at.slot_bytes), c.send_percent,
+          c.forward_percent};
 }
 inline NodeCombine combine_of(const Case& c, const RankArrays& a, const Peers& peers,
                               const RingLayout& at) {
-  return {combine_params(c, a, peers), at, combine_shape(c, at.slot_bytes)};
+  return {combine_params(c, a, peers), at, combine_shape(c, at.slot_bytes), c.gateway_percent};
 }
 
 }  // namespace jax_ep

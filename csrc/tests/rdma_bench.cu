@@ -3,10 +3,11 @@
 // NVSHMEM has it between GPUs that reach each other.
 //
 //   rdma_bench [--nodes N] [--local L] [--devices D] [--tokens T] [--hidden H] [--top-k K]
-//              [--experts E] [--sms S] [--slots N] [--chunk T] [--fp8] [--iterations I]
+//              [--experts E] [--sms S] [--slots N] [--slot-bytes B] [--fp8] [--iterations I]
+//              [--send P] [--forward P] [--gateway P]
 //
-// --chunk: tokens of a message, if the slots are to hold fewer than they may. Medians of ten runs
-// of I operations in a row.
+// --send, --forward, --gateway: percent of blocks (rdma/layout.h). Medians of ten runs of I
+// operations in a row.
 #include <algorithm>
 
 #include "options.h"
@@ -17,7 +18,8 @@ namespace {
 
 struct Options {
   int nodes = 2, local = 1, devices = 2, tokens = 4096, hidden = 7168, top_k = 8, experts = 256;
-  int sms = 132, slots = 16, chunk = 0, iterations = 20;
+  int sms = 132, slots = 96, slot_bytes = 33 << 12, iterations = 20;  // as Rdma has them
+  int send = 0, forward = 0, gateway = 0;
   bool fp8 = false;
 };
 
@@ -49,11 +51,10 @@ NodeCase make_case(const Options& o) {
     n.c.scales_in.emplace_back(size_t(o.tokens) * o.hidden / kScaleBlock, 1.0f);
     n.c.scalars_in.emplace_back(n.c.x.num_pairs(), 0.5f);
   }
-  const MessageShape d = dispatch_shape(n.c, kAnySlot), s = combine_shape(n.c, kAnySlot);
-  const int most = std::max(most_slot_bytes(d), most_slot_bytes(s));
-  MessageShape few = s;
-  few.chunk = o.chunk;
-  n.rings = {o.slots, o.chunk > 0 ? std::min(most, int(round_up(few.bytes(o.chunk), 128))) : most};
+  n.rings = {o.slots, o.slot_bytes};
+  n.c.send_percent = o.send;
+  n.c.forward_percent = o.forward;
+  n.c.gateway_percent = o.gateway;
   return n;
 }
 
@@ -79,11 +80,12 @@ int run(const Options& o) {
     if (w.records[r].fault != 0) throw std::runtime_error("an operation failed");
   }
   std::printf(
-      "%dx%d devices=%d T=%d H=%d K=%d E=%d %s sms=%d slots=%d slot_bytes=%d chunk=%d/%d: "
-      "dispatch %.1f us, combine %.1f us\n",
+      "%dx%d devices=%d T=%d H=%d K=%d E=%d %s sms=%d slots=%d slot_bytes=%d chunk=%d/%d "
+      "send=%d forward=%d gateway=%d: dispatch %.1f us, combine %.1f us\n",
       o.nodes, o.local, o.devices, o.tokens, o.hidden, o.top_k, o.experts, o.fp8 ? "fp8" : "bf16",
       o.sms, o.slots, n.rings.slot_bytes, dispatch_shape(n.c, n.rings.slot_bytes).chunk,
-      combine_shape(n.c, n.rings.slot_bytes).chunk, dispatch, combine);
+      combine_shape(n.c, n.rings.slot_bytes).chunk, o.send, o.forward, o.gateway, dispatch,
+      combine);
   return 0;
 }
 
@@ -102,7 +104,10 @@ int main(int argc, char** argv) {
                                            {"--experts", &o.experts},
                                            {"--sms", &o.sms},
                                            {"--slots", &o.slots},
-                                           {"--chunk", &o.chunk},
+                                           {"--slot-bytes", &o.slot_bytes},
+                                           {"--send", &o.send},
+                                           {"--forward", &o.forward},
+                                           {"--gateway", &o.gateway},
                                            {"--iterations", &o.iterations},
                                            {"--fp8", nullptr, &o.fp8}});
   if (!known) return 2;

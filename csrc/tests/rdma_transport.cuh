@@ -3,6 +3,7 @@
 // other. `adverse`: puts start late, go in two halves in either order, and their signals come late
 // again; so does every other signal. What a put reads after it has returned, the emulation shows.
 #pragma once
+#include "../rdma/block_copy.cuh"
 #include "../rdma/transport.cuh"
 
 namespace jax_ep {
@@ -17,13 +18,13 @@ struct PeerTransport {
     const size_t half = bytes / 32 * 16;
     delay(luck);
     if (luck & 1) {
-      copy(arena[rank] + to, from, 0, half);
+      copy_by_block(arena[rank] + to, from, 0, half);
       delay(luck >> 8);
-      copy(arena[rank] + to, from, half, bytes);
+      copy_by_block(arena[rank] + to, from, half, bytes);
     } else {
-      copy(arena[rank] + to, from, half, bytes);
+      copy_by_block(arena[rank] + to, from, half, bytes);
       delay(luck >> 8);
-      copy(arena[rank] + to, from, 0, half);
+      copy_by_block(arena[rank] + to, from, 0, half);
     }
     __syncthreads();  // the block's stores before the signal
     if (threadIdx.x == 0) this->signal(rank, signal, value);
@@ -42,19 +43,6 @@ struct PeerTransport {
   }
   __device__ void delay(uint32_t luck) const {
     if (adverse != 0 && luck % 4 == 0) __nanosleep(luck % 16384);
-  }
-  // `first` is a multiple of 16, the last bytes may be words of 8.
-  __device__ static void copy(char* to, const char* from, size_t first, size_t last) {
-    const size_t vecs = last / sizeof(Vec);
-    for (size_t i = first / sizeof(Vec) + threadIdx.x; i < vecs; i += blockDim.x) {
-      store_row(reinterpret_cast<Vec*>(to) + i,
-                load_arrived(reinterpret_cast<const Vec*>(from) + i));
-    }
-    if (threadIdx.x == 0 && last % sizeof(Vec) != 0) {
-      const size_t i = last / sizeof(uint64_t) - 1;
-      store_relaxed(reinterpret_cast<uint64_t*>(to) + i,
-                    load_relaxed(reinterpret_cast<const uint64_t*>(from) + i));
-    }
   }
 };
 
