@@ -5,15 +5,15 @@
 
 namespace jax_ep {
 
-constexpr int kCopyVecs = 8;  // of a thread in flight: 64 KiB of 512 threads
+constexpr int kCopyVecs = 4;  // of a thread in flight: 32 KiB of 512 threads
 
 // Bytes [first, last) of `from`, which blocks of this GPU have written, to the same of `to`; both
-// are multiples of 16, but `last` may be one of 8. Out of line, for the registers of the callers.
-__device__ __noinline__ inline void copy_by_block(char* to, const char* from, size_t first,
-                                                  size_t last) {
+// are multiples of 16, but `last` may be one of 8.
+__device__ inline void copy_by_block(char* to, const char* from, size_t first, size_t last) {
   const auto* source = reinterpret_cast<const Vec*>(from);
   auto* target = reinterpret_cast<Vec*>(to);
   const int end = static_cast<int>(last / sizeof(Vec)), step = blockDim.x;
+#pragma unroll 1
   for (int i = static_cast<int>(first / sizeof(Vec)) + threadIdx.x; i < end;
        i += kCopyVecs * step) {
     Vec v[kCopyVecs];

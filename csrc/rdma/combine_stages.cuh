@@ -90,6 +90,7 @@ class Stages {
   template <typename F>
   __device__ __forceinline__ void for_pieces(int tokens, F&& f) const {
     const int pieces = ceil_div(vecs_, kPieceVecs);
+#pragma unroll 1
     for (int i = threadIdx.x / 32; i < tokens * pieces; i += kStageWarps) {
       f(i / pieces, RowPiece(i % pieces * kPieceVecs, vecs_));
     }
