@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels on an emulated machine: those between nodes over a network, and those of small batches
-over memory, that do the worst they may."""
+over memory and a network, that do the worst they may."""
 
 import pathlib
 import shutil
@@ -31,7 +31,8 @@ def nodes_test(tmp_path_factory):
 @pytest.fixture(scope="module")
 def slots_test(tmp_path_factory):
     program = tmp_path_factory.mktemp("emulation") / "slots_test"
-    return build(program, 128, ["slot_dispatch", "slot_combine"])
+    kernels = ["slot_dispatch", "slot_combine", "node_slot_dispatch", "node_slot_combine"]
+    return build(program, 128, kernels)
 
 
 def check(program, options):
@@ -45,6 +46,16 @@ def test_results_and_faults(nodes_test, options):
     check(nodes_test, options)
 
 
-@pytest.mark.parametrize("options", [["--cases", "4"], ["--faults"]], ids=["exchange", "faults"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--cases", "4"],
+        ["--faults"],
+        ["--ranks", "2", "--local", "1", "--cases", "6"],
+        ["--ranks", "4", "--local", "2", "--cases", "1"],
+        ["--ranks", "2", "--local", "1", "--faults"],
+    ],
+    ids=["exchange", "faults", "two nodes", "two nodes of two", "faults of two nodes"],
+)
 def test_small_batches(slots_test, options):
     check(slots_test, options)

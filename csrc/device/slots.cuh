@@ -190,7 +190,7 @@ class SlotOp {
     is_mine_ = half == Half::kDone ? Op::ticket_read() == this->ticket() : was.in_flight[i] == 0;
     tag = make_tag(was.generation, started_, call.signature);
     const Peers& peers = call.peers;
-    first_ = peers.at.total + (i * 2 + static_cast<int>(started_ & 1)) * op.R * peers.slots.total;
+    first_ = peers.at.total + (i * 2 + parity()) * op.R * peers.slots.total;
   }
 
   // By the post warp, once: this block has begun, and has read the header. Where waiting for the
@@ -234,6 +234,11 @@ class SlotOp {
   __device__ const uint64_t* arrived_words(int source, int t, int h) const {
     return inbox(source).words(t) + 2 * h;
   }
+
+  // Where what this rank sends lies on a peer, from its control block on.
+  __device__ uint64_t sent_at() const { return first_ + op.me * op.call.peers.slots.total; }
+  // What is in use of two copies.
+  __device__ int parity() const { return static_cast<int>(started_ & 1); }
 
   // By one warp: greet all peers, and await their greetings (false: give up). A greeting says
   // which operation the peer runs, and that it has done with the slots of the last but one.

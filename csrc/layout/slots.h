@@ -5,6 +5,12 @@
 //   [kind][parity][source]  {hello, flag[token], word[token][K/2], slot[token]}
 //
 // A slot holds a row as it travels: values, then scales (FP8), then the token's K scalars.
+//
+// A rank of a group that spans nodes has outboxes behind these, from where the network takes what
+// goes to other nodes. Each is laid out as the inbox that it is for.
+//
+//   [parity][rank]  of a rank of another node: words for it, packed; partials of its tokens
+//                   at my own place: my rows, once each, whatever number of ranks they go to
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -41,9 +47,12 @@ constexpr SlotLayout slot_layout(const SlotSize& s) {
   return {u32(flags), u32(words), u32(rows), u32(stride), rows + s.tokens * stride};
 }
 
-// Of one rank.
+// Of one rank; of its outboxes, which follow.
 constexpr size_t slot_bytes(int num_ranks, const SlotSize& s) {
   return s.tokens == 0 ? 0 : 4 * size_t(num_ranks) * slot_layout(s).total;
+}
+constexpr size_t outbox_bytes(int num_ranks, const SlotSize& s) {
+  return slot_bytes(num_ranks, s) / 2;
 }
 
 }  // namespace jax_ep

@@ -7,6 +7,7 @@
 #include "combine_nodes.cuh"
 #include "dispatch_nodes.cuh"
 #include "exchange_routing.cuh"
+#include "variants.h"
 
 namespace jax_ep {
 
@@ -30,27 +31,6 @@ template <typename T, typename Transport>
 __global__ void __launch_bounds__(kStageThreads, 1)
     node_combine(const __grid_constant__ WithTransport<NodeCombine, Transport> p) {
   combine_between_nodes<T>(p);
-}
-
-// Every compiled variant: rows as bytes, and two FP8 deliveries of three types; three types of y.
-template <typename Visit>
-cudaError_t for_dispatch_variant(Element x, Wire wire, Visit&& visit) {
-  constexpr std::integral_constant<Wire, Wire::kCopy> copy;
-  constexpr std::integral_constant<Wire, Wire::kQuantized> quantized;
-  constexpr std::integral_constant<Wire, Wire::kDequantized> dequantized;
-  if (wire == Wire::kCopy) return visit(copy, float{});
-  auto by_wire = [&](auto type) {
-    return wire == Wire::kQuantized ? visit(quantized, type) : visit(dequantized, type);
-  };
-  if (x == Element::kBf16) return by_wire(__nv_bfloat16{});
-  if (x == Element::kF16) return by_wire(__half{});
-  return x == Element::kF32 ? by_wire(float{}) : cudaErrorInvalidValue;
-}
-template <typename Visit>
-cudaError_t for_combine_variant(Element y, Visit&& visit) {
-  if (y == Element::kBf16) return visit(__nv_bfloat16{});
-  if (y == Element::kF16) return visit(__half{});
-  return y == Element::kF32 ? visit(float{}) : cudaErrorInvalidValue;
 }
 
 template <typename Transport>
@@ -102,19 +82,14 @@ cudaError_t load_kernels_over() {
   auto load = [&](auto kernel) {
     return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
   };
-  cudaError_t error = load(&node_routing<Transport>);
-  for (Element e : {Element::kBf16, Element::kF16, Element::kF32}) {
-    for (Wire wire : {Wire::kCopy, Wire::kQuantized, Wire::kDequantized}) {
-      if (error != cudaSuccess) return error;
-      error = for_dispatch_variant(e, wire, [&](auto w, auto type) {
-        return load(&node_dispatch<decltype(w)::value, decltype(type), Transport>);
-      });
-    }
-    if (error != cudaSuccess) return error;
-    error = for_combine_variant(
-        e, [&](auto type) { return load(&node_combine<decltype(type), Transport>); });
-  }
-  return error;
+  const cudaError_t routing = load(&node_routing<Transport>);
+  if (routing != cudaSuccess) return routing;
+  const cudaError_t dispatch = for_each_dispatch_variant([&](auto w, auto type) {
+    return load(&node_dispatch<decltype(w)::value, decltype(type), Transport>);
+  });
+  if (dispatch != cudaSuccess) return dispatch;
+  return for_each_combine_variant(
+      [&](auto type) { return load(&node_combine<decltype(type), Transport>); });
 }
 
 }  // namespace jax_ep

@@ -4,6 +4,7 @@
 // after all of its own data, and is otherwise unordered too. Now and then nothing moves for a
 // while.
 #pragma once
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -27,6 +28,7 @@ class Network {
               from + bytes <= arenas_[from_rank] + bytes_,
           "a put outside the arena");
     sent[{from_rank, rank}] += bytes;
+    ++puts[{from_rank, rank}];
     Message m{arenas_[rank] + to, from, {}, word(rank, signal), value};
     for (size_t at = 0; at < bytes;) {
       const size_t most = bytes - at;
@@ -53,7 +55,12 @@ class Network {
     while (!on_the_way_.empty()) deliver();
   }
 
-  std::map<std::pair<int, int>, size_t> sent;  // bytes of puts, [from, to]
+  // Signals to these bytes of a rank's arena never come.
+  void lose(int rank, size_t offset, size_t bytes) {
+    lost_.push_back({arenas_[rank] + offset, arenas_[rank] + offset + bytes});
+  }
+
+  std::map<std::pair<int, int>, size_t> sent, puts;  // bytes of puts, and how many, [from, to]
 
  private:
   struct Message {
@@ -85,7 +92,11 @@ class Network {
       m.pieces.pop_back();
       return;
     }
-    *m.signal = m.value;
+    auto is_lost = [&](const auto& range) {
+      const auto* at = reinterpret_cast<const volatile char*>(m.signal);
+      return at >= range.first && at < range.second;
+    };
+    if (std::none_of(lost_.begin(), lost_.end(), is_lost)) *m.signal = m.value;
     std::swap(m, on_the_way_.back());
     on_the_way_.pop_back();
   }
@@ -94,6 +105,7 @@ class Network {
   std::vector<char*> arenas_;
   size_t bytes_;
   std::vector<Message> on_the_way_;
+  std::vector<std::pair<char*, char*>> lost_;
   int quiet_ = 0;
 };
 
@@ -105,6 +117,10 @@ struct EmulatedTransport {
   void put_signal(int rank, uint64_t to, const char* from, size_t bytes, uint64_t signal,
                   uint64_t value) const {
     if (thread_index().x == 0) network->put(me, rank, to, from, bytes, signal, value);
+  }
+  void put_signal_by_warp(int rank, uint64_t to, const char* from, size_t bytes, uint64_t signal,
+                          uint64_t value) const {
+    if (thread_index().x % 32 == 0) network->put(me, rank, to, from, bytes, signal, value);
   }
   void signal(int rank, uint64_t at, uint64_t value) const { network->signal(rank, at, value); }
   void receive(const uint64_t*, uint64_t) const {}

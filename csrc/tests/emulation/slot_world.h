@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// All ranks of a group inside a node, on the emulated machine with weak memory: exchanges through
-// slots, several in a row.
+// All ranks of a group, on the emulated machine with weak memory, and between nodes, if it spans
+// several, over a network that does the worst it may: exchanges through slots, several in a row.
 #pragma once
 #include <deque>
 #include <memory>
 
 #include "../node_checks.h"
+#include "network.h"
 #include "weak_memory.h"
 
 namespace jax_ep {
@@ -27,14 +28,30 @@ struct Step {
   Half half;
 };
 
+// In node_slot_dispatch.cc and node_slot_combine.cc.
+cudaError_t launch_slot_dispatch_between_nodes(const SlotDispatchParams& p,
+                                               const emulation::EmulatedTransport& transport,
+                                               Element x, Wire wire, const Launch& how);
+cudaError_t launch_slot_combine_between_nodes(const SlotCombineParams& p,
+                                              const emulation::EmulatedTransport& transport,
+                                              Element y, const Launch& how);
+
+// The ranks of a group, in nodes of `local`.
+struct Layout {
+  int ranks, local;
+  bool spans_nodes() const { return local < ranks; }
+};
+
 class SlotWorld {
  public:
-  SlotWorld(int num_ranks, const SlotSize& slots, uint64_t seed, double timeout_ms)
-      : R_(num_ranks),
+  SlotWorld(const Layout& layout, const SlotSize& slots, uint64_t seed, double timeout_ms)
+      : layout_(layout),
+        R_(layout.ranks),
         at_(control_layout(R_)),
         slots_(slots),
         machine(seed),
-        memory(machine, R_, at_.total + slot_bytes(R_, slots)),
+        memory(machine, R_, bytes()),
+        network(machine, homes(), bytes()),
         records(R_) {
     const SlotLayout lie = slot_layout(slots);
     for (int r = 0; r < R_; ++r) {
@@ -65,21 +82,37 @@ class SlotWorld {
     const Case& c = e.c;
     const auto stream = reinterpret_cast<cudaStream_t>(uintptr_t(r));
     const Launch how{c.num_sms, stream, 0};
+    const emulation::EmulatedTransport transport{&network, r};
     if (step.kind == SlotKind::kDispatch) {
       const SlotDispatchParams p = dispatch_params(e, r, step);
-      launch_slot_dispatch(&p, c.x, c.prequantized ? Element::kFp8 : c.type, c.wire, c.hidden, how);
+      const Element x = c.prequantized ? Element::kFp8 : c.type;
+      if (layout_.spans_nodes()) {
+        launch_slot_dispatch_between_nodes(p, transport, x, c.wire, how);
+      } else {
+        launch_slot_dispatch(&p, c.x, x, c.wire, c.hidden, how);
+      }
     } else {
       const SlotCombineParams p = combine_params(e, r, step);
-      launch_slot_combine(&p, c.x, c.type, c.hidden, how);
+      if (layout_.spans_nodes()) {
+        launch_slot_combine_between_nodes(p, transport, c.type, how);
+      } else {
+        launch_slot_combine(&p, c.x, c.type, c.hidden, how);
+      }
     }
   }
   // Run what has been issued.
   void run() {
-    machine.run([this] { memory.move(); }, kMostTurns);
+    auto move = [this] {
+      memory.move();
+      network.move();
+    };
+    machine.run(move, kMostTurns);
     memory.deliver_all();
+    network.deliver_all();
   }
 
   SlotExchange& operator[](size_t i) { return exchanges_[i]; }
+  bool share_node(int r, int s) const { return r / layout_.local == s / layout_.local; }
   size_t size() const { return exchanges_.size(); }
   // Results of rank r, as they are before anything is written to them, set to another value.
   void mark(size_t exchange, int r, char value) {
@@ -97,14 +130,27 @@ class SlotWorld {
  private:
   static constexpr uint64_t kMostTurns = 4'000'000;
 
+  size_t bytes() const {
+    const size_t outboxes = layout_.spans_nodes() ? outbox_bytes(R_, slots_) : 0;
+    return at_.total + slot_bytes(R_, slots_) + outboxes;
+  }
+  std::vector<char*> homes() const {
+    std::vector<char*> homes;
+    for (int r = 0; r < R_; ++r) homes.push_back(memory.seen_by(r, r));
+    return homes;
+  }
   Call call(int r, const Step& step) const {
     Call call{};
     Peers& p = call.peers;
     p.at = at_;
     p.slots = slot_layout(slots_);
     p.rank = r;
-    p.num_ranks = p.node_ranks = R_;
-    for (int s = 0; s < R_; ++s) p.control[s] = memory.seen_by(r, s);
+    p.num_ranks = R_;
+    p.node_ranks = layout_.local;
+    p.node_first = r / layout_.local * layout_.local;
+    for (int s = p.node_first; s < p.node_first + p.node_ranks; ++s) {
+      p.control[s] = memory.seen_by(r, s);
+    }
     const bool is_dispatch = step.kind == SlotKind::kDispatch;
     const Operation whole = is_dispatch ? Operation::kDispatch : Operation::kCombine;
     call.operation = whole;
@@ -112,7 +158,7 @@ class SlotWorld {
       call.operation = is_dispatch ? Operation::kDispatchStart : Operation::kCombineStart;
     if (step.half == Half::kDone)
       call.operation = is_dispatch ? Operation::kDispatchDone : Operation::kCombineDone;
-    call.signature = 16 * uint32_t(step.exchange + 1) + uint32_t(whole);
+    call.signature = 16 * uint32_t(step.exchange + 1) + uint32_t(whole) + (r == mistaken ? 8 : 0);
     return call;
   }
   SlotDispatchParams dispatch_params(SlotExchange& e, int r, const Step& step) {
@@ -176,6 +222,7 @@ class SlotWorld {
     return arrays;
   }
 
+  const Layout layout_;
   const int R_;
   const ControlLayout at_;
   const SlotSize slots_;
@@ -185,7 +232,9 @@ class SlotWorld {
  public:
   emulation::Machine machine;
   emulation::WeakMemory memory;
+  emulation::Network network;
   std::vector<FaultRecord> records;
+  int mistaken = -1;  // the rank that takes each operation for another one
 };
 
 }  // namespace jax_ep

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Small batches on the emulated machine, whose memory shows stores to peers late and in any order,
-// against the host, bit for bit; and what becomes of them when a rank stays away, or a word.
+// inside a node and between nodes, against the host, bit for bit; and what becomes of them when a
+// rank stays away, or a word.
 //
-//   slots_test [--cases N] [--seed S] [--ranks R] [--faults]
+//   slots_test [--cases N] [--seed S] [--ranks R [--local L]] [--nodes] [--faults]
 #include "../options.h"
 #include "../random_case.h"
 #include "slot_world.h"
@@ -19,14 +20,18 @@ class Series {
  public:
   explicit Series(uint64_t seed) : rng_(seed), cases_(rng_, {true, true, 3}), seed_(seed) {}
 
-  Case next_case(int num_ranks) { return cases_.next(num_ranks); }
+  Case next_case(const Layout& layout) {
+    Case c = cases_.next(layout.ranks);
+    if (layout.spans_nodes()) c.ranks_per_node = layout.local;
+    return c;
+  }
   // Some of the same shape with other values, some of others; ranks run ahead of each other as far
   // as they may.
-  std::vector<Step> fill(SlotWorld& w, int num_ranks) {
+  std::vector<Step> fill(SlotWorld& w, const Layout& layout) {
     Case c;
     for (int i = 0; i < kExchanges; ++i) {
       if (i == 0 || chance(0.25)) {
-        c = cases_.next(num_ranks);
+        c = next_case(layout);
       } else {
         cases_.refill(c);
       }
@@ -71,7 +76,7 @@ class Series {
         if (chance(0.5)) close();
         steps.push_back({i, SlotKind::kDispatch, Half::kDone});
       }
-      for (size_t j = i; chance(0.6); j = below(i + 1)) {
+      for (size_t j = i; chance(0.6); j = chance(0.5) ? j : below(i + 1)) {
         close();
         open = chance(0.5);
         combine = j;
@@ -107,20 +112,49 @@ void check_plan(const SlotExchange& e, int r) {
   expect("num_dropped", got.num_dropped, e.plan.num_dropped, 1);
 }
 
+// One put for each token and rank of another node that it goes to, each way, and one of routing for
+// each rank.
+void check_puts(SlotWorld& w, const std::vector<Step>& steps, int R) {
+  for (int from = 0; from < R; ++from) {
+    for (int to = 0; to < R; ++to) {
+      size_t want = 0;
+      for (const Step& step : steps) {
+        if (w.share_node(from, to) || step.half == Half::kDone) continue;
+        const SlotExchange& e = w[step.exchange];
+        const bool back = step.kind == SlotKind::kCombine;
+        want += back ? 0 : 1;
+        const size_t T = e.c.x.num_tokens, K = e.c.x.top_k;
+        for (size_t t = 0; t < T; ++t) {
+          bool goes = false;
+          for (size_t k = 0; k < K; ++k) {
+            const size_t pair = ((back ? to : from) * T + t) * K + k;
+            const bool there = e.plan.pair_rank[pair] == (back ? from : to);
+            goes |= there && (!back || e.plan.pair_row[pair] >= 0);
+          }
+          want += goes;
+        }
+      }
+      EXPECT((w.network.puts[{from, to}] == want));
+    }
+  }
+}
+
 void describe(const Case& c, size_t i) {
   const Exchange& x = c.x;
   std::printf(
-      "  exchange %zu: R=%d E=%d T=%d K=%d rows=%d A=%d batched=%d H=%d type=%d wire=%d pre=%d "
+      "  exchange %zu: R=%d nodes of %d E=%d T=%d K=%d rows=%d A=%d batched=%d H=%d type=%d "
+      "wire=%d pre=%d "
       "weights=%d fp8_combine=%d blocks=%d\n",
-      i, x.num_ranks, x.num_experts, x.num_tokens, x.top_k, x.num_rows, x.alignment, x.batched,
-      c.hidden, int(c.type), int(c.wire), c.prequantized, c.weights, c.quantized_partials,
-      c.num_sms);
+      i, x.num_ranks, c.ranks_per_node, x.num_experts, x.num_tokens, x.top_k, x.num_rows,
+      x.alignment, x.batched, c.hidden, int(c.type), int(c.wire), c.prequantized, c.weights,
+      c.quantized_partials, c.num_sms);
 }
 
-void exchange(uint64_t seed, int R) {
+void exchange(uint64_t seed, const Layout& layout) {
+  const int R = layout.ranks;
   Series series(seed);
-  SlotWorld w(R, kSlots, seed, kForever);
-  const std::vector<Step> steps = series.fill(w, R);
+  SlotWorld w(layout, kSlots, seed, kForever);
+  const std::vector<Step> steps = series.fill(w, layout);
   for (int r = 0; r < R; ++r) {
     for (const Step& step : steps) w.issue(r, step);
   }
@@ -139,6 +173,7 @@ void exchange(uint64_t seed, int R) {
     }
     if (failures != before) describe(e.c, i);
   }
+  check_puts(w, steps, R);
   for (const FaultRecord& f : w.records) check_no_fault(f);
 }
 
@@ -149,27 +184,31 @@ constexpr char kMark = 0x11;
 // rank gives up on another one.
 class Failure {
  public:
-  Failure(uint64_t seed, int R) : series_(seed), w_(R, kSlots, seed, kShort), R_(R) {
+  Failure(uint64_t seed, const Layout& layout)
+      : series_(seed), w_(layout, kSlots, seed, kShort), R_(layout.ranks) {
     Case c;
     do {
-      c = series_.next_case(R);
-      c.x.num_experts = R;  // one of each rank
-      for (int& e : c.topk_idx) e = int(series_.below(R));
+      c = series_.next_case(layout);
+      c.x.num_experts = R_;  // one of each rank
+      for (int& e : c.topk_idx) e = int(series_.below(R_));
     } while (c.x.num_tokens < 8 || c.x.top_k < 4 || c.x.batched);
-    c.x.num_rows = R * c.x.num_pairs() / c.x.alignment * c.x.alignment;
+    c.x.num_rows = R_ * c.x.num_pairs() / c.x.alignment * c.x.alignment;
     w_.add(c, series_.pick_results(c));
     halves_ = series_.chance(0.5);
   }
 
+  // `before`: what happens in front of the operation of kind `last`.
   template <typename Comes>
-  void run(SlotKind last, Comes&& comes) {
+  void run(SlotKind last, Comes&& comes, const std::function<void()>& before = [] {}) {
     for (int r = 0; r < R_; ++r) w_.mark(0, r, kMark);
+    if (last == SlotKind::kDispatch) before();
     issue(SlotKind::kDispatch, [&](int r) { return last == SlotKind::kCombine || comes(r); });
     if (last == SlotKind::kCombine) {
       w_.run();
       for (const FaultRecord& f : w_.records) check_no_fault(f);
       for (int r = 0; r < R_; ++r) w_.mark(0, r, kMark);
       began_ = w_.machine.time;
+      before();
       issue(SlotKind::kCombine, comes);
     }
     w_.run();
@@ -177,10 +216,13 @@ class Failure {
   // Rank `r` has given up on `awaited` in time, or has heard of it; its results are NaN.
   void expect_given_up(int r, int awaited, SlotKind kind) {
     const FaultRecord& f = w_.records[r];
-    EXPECT(w_.machine.time - began_ < 3 * kShort * 1e6);
-    EXPECT(f.rank == r && f.fault != 0);
     if (f.fault == uint32_t(Fault::kTimeout)) EXPECT(f.awaited == awaited);
     EXPECT(f.fault == uint32_t(Fault::kTimeout) || f.fault == uint32_t(Fault::kPeer));
+    expect_poison(r, kind);
+  }
+  void expect_poison(int r, SlotKind kind) {
+    EXPECT(w_.records[r].rank == r && w_.records[r].fault != 0);
+    EXPECT(w_.machine.time - began_ < 3 * kShort * 1e6);
     const SlotExchange& e = w_[0];
     const bool rows = kind == SlotKind::kDispatch;
     const char* first = rows ? e.a[r].rows : e.a[r].out;
@@ -188,7 +230,8 @@ class Failure {
                               : size_t(e.c.x.num_tokens) * e.c.hidden * size_of(e.c.type);
     EXPECT(std::all_of(first, first + bytes, [](char byte) { return byte == char(0xff); }));
   }
-  bool timed_out(int r) const { return w_.records[r].fault == uint32_t(Fault::kTimeout); }
+  bool is(int r, Fault fault) const { return w_.records[r].fault == uint32_t(fault); }
+  bool timed_out(int r) const { return is(r, Fault::kTimeout); }
   SlotWorld& world() { return w_; }
 
  private:
@@ -211,12 +254,12 @@ class Failure {
 
 constexpr SlotKind kKinds[] = {SlotKind::kDispatch, SlotKind::kCombine};
 
-void a_rank_is_absent(uint64_t seed, int R, int absent) {
+void a_rank_is_absent(uint64_t seed, const Layout& layout, int absent) {
   for (SlotKind kind : kKinds) {
-    Failure f(seed, R);
+    Failure f(seed, layout);
     f.run(kind, [&](int r) { return r != absent; });
     bool timed_out = false;
-    for (int r = 0; r < R; ++r) {
+    for (int r = 0; r < layout.ranks; ++r) {
       if (r == absent) continue;
       f.expect_given_up(r, absent, kind);
       timed_out |= f.timed_out(r);
@@ -226,15 +269,19 @@ void a_rank_is_absent(uint64_t seed, int R, int absent) {
 }
 
 // Flags of the rows that rank `from` has sent to rank `to`.
-void flags_do_not_come(uint64_t seed, int R, int from, int to) {
+void flags_do_not_come(uint64_t seed, const Layout& layout, int from, int to) {
   const SlotLayout lie = slot_layout(kSlots);
   for (SlotKind kind : kKinds) {
-    Failure f(seed, R);
+    Failure f(seed, layout);
     SlotWorld& w = f.world();
-    const int sets = w.inboxes() / R / 2;
+    const int sets = w.inboxes() / layout.ranks / 2;
     for (int set = 0; set < sets; ++set) {
-      const size_t inbox = w.inbox(int(kind) * sets + set, from);
-      w.memory.lose(to, {inbox + lie.flags, lie.words - lie.flags});
+      const size_t flags = w.inbox(int(kind) * sets + set, from) + lie.flags;
+      if (w.share_node(from, to)) {
+        w.memory.lose(to, {flags, lie.words - lie.flags});
+      } else {
+        w.network.lose(to, flags, lie.words - lie.flags);
+      }
     }
     f.run(kind, [](int) { return true; });
     f.expect_given_up(to, from, kind);
@@ -243,21 +290,50 @@ void flags_do_not_come(uint64_t seed, int R, int from, int to) {
   }
 }
 
-int run_faults(int seed, const std::vector<int>& ranks) {
-  for (int R : ranks) {
-    a_rank_is_absent(seed, R, R - 1);
-    a_rank_is_absent(seed + 1, R, 0);
-    flags_do_not_come(seed, R, R - 1, 0);
-    flags_do_not_come(seed + 1, R, 0, R - 1);
+// One rank's error, which the others, who cannot go on without its words, hear of.
+void a_choice_is_out_of_range(uint64_t seed, const Layout& layout, int rank) {
+  Failure f(seed, layout);
+  f.world()[0].a[rank].topk_idx[5] = layout.ranks;
+  f.run(SlotKind::kDispatch, [](int) { return true; });
+  for (int r = 0; r < layout.ranks; ++r) {
+    f.expect_poison(r, SlotKind::kDispatch);
+    EXPECT(f.is(r, r == rank ? Fault::kRouting : Fault::kPeer));
   }
-  std::printf("faults of groups of %zu sizes, %d failures\n", ranks.size(), failures);
+}
+
+// A rank that takes an operation for another one is found by who hears of it first.
+void a_rank_is_mistaken(uint64_t seed, const Layout& layout, int rank) {
+  for (SlotKind kind : kKinds) {
+    Failure f(seed, layout);
+    f.run(kind, [](int) { return true; }, [&] { f.world().mistaken = rank; });
+    bool found = false;
+    for (int r = 0; r < layout.ranks; ++r) {
+      f.expect_poison(r, kind);
+      found |= f.is(r, Fault::kMismatch);
+      EXPECT(!f.timed_out(r));
+    }
+    EXPECT(found);
+  }
+}
+
+int run_faults(int seed, const std::vector<Layout>& layouts) {
+  for (const Layout& layout : layouts) {
+    const int last = layout.ranks - 1;
+    a_rank_is_absent(seed, layout, last);
+    a_rank_is_absent(seed + 1, layout, 0);
+    flags_do_not_come(seed, layout, last, 0);
+    flags_do_not_come(seed + 1, layout, 0, last);
+    a_choice_is_out_of_range(seed, layout, last);
+    a_rank_is_mistaken(seed, layout, 0);
+  }
+  std::printf("faults of groups of %zu sizes, %d failures\n", layouts.size(), failures);
   return failures != 0;
 }
 
-int run(int count, int seed, const std::vector<int>& ranks) {
+int run(int count, int seed, const std::vector<Layout>& layouts) {
   for (int i = 0; i < count; ++i) {
     const int before = failures;
-    exchange(seed * 1000003ull + i, ranks[i % ranks.size()]);
+    exchange(seed * 1000003ull + i, layouts[i % layouts.size()]);
     if (failures != before) std::printf("case %d of seed %d\n", i, seed);
   }
   std::printf("%d cases, %d differences\n", count, failures);
@@ -269,16 +345,20 @@ int run(int count, int seed, const std::vector<int>& ranks) {
 
 int main(int argc, char** argv) {
   setvbuf(stdout, nullptr, _IOLBF, 0);
-  int cases = 8, seed = 1, ranks = 0;
-  bool faults = false;
+  int cases = 8, seed = 1, ranks = 0, local = 0;
+  bool nodes = false, faults = false;
   const bool known = jax_ep::take_options(argc, argv,
                                           {{"--cases", &cases},
                                            {"--seed", &seed},
                                            {"--ranks", &ranks},
+                                           {"--local", &local},
+                                           {"--nodes", nullptr, &nodes},
                                            {"--faults", nullptr, &faults}});
   if (!known) return 2;
-  std::vector<int> all = {2, 4, 3, 1};
-  if (ranks > 0) all = {ranks};
-  if (faults && ranks == 0) all = {2, 3};
-  return faults ? jax_ep::run_faults(seed, all) : jax_ep::run(cases, seed, all);
+  std::vector<jax_ep::Layout> layouts = {{2, 2}, {4, 4}, {3, 3}, {1, 1}};
+  if (faults) layouts = {{2, 2}, {3, 3}};
+  if (nodes) layouts = {{2, 1}, {4, 2}, {8, 2}, {8, 4}};
+  if (nodes && faults) layouts = {{2, 1}, {4, 2}};
+  if (ranks > 0) layouts = {{ranks, local > 0 ? local : ranks}};
+  return faults ? jax_ep::run_faults(seed, layouts) : jax_ep::run(cases, seed, layouts);
 }
