@@ -12,7 +12,7 @@ import jax_ep
 
 from .. import _view
 from .._types import Plan, Spec
-from .timing import Operation, Timer
+from .timing import LOOP, Operation, Timer
 from .work import Moved, Traffic, Workload, routing
 
 FP8 = jnp.float8_e4m3fn
@@ -192,9 +192,9 @@ def time_exchanges(ex: Exchange, sms: list[int]) -> None:
         config = jax_ep.Config(num_sms=num_sms)
         t.time(f"dispatch bf16, {num_sms} SMs", ex.dispatch(uniform, config=config))
         t.time(f"combine bf16, {num_sms} SMs", ex.combine(uniform, config=config))
-    t.time("plan, xla", ex.plan(uniform, implementation="xla"))
-    t.time("dispatch bf16, xla", ex.dispatch(uniform, implementation="xla"))
-    t.time("combine bf16, xla", ex.combine(uniform, implementation="xla"))
+    t.time("plan, xla", ex.plan(uniform, implementation="xla"), length=LOOP)
+    t.time("dispatch bf16, xla", ex.dispatch(uniform, implementation="xla"), length=LOOP)
+    t.time("combine bf16, xla", ex.combine(uniform, implementation="xla"), length=LOOP)
 
 
 def time_tokens(ex: Exchange) -> None:

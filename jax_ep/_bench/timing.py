@@ -4,7 +4,7 @@
 An operation runs in a jitted loop. Operands of one turn pass a barrier together with what the turn
 before computed, so that nothing is hoisted, and results pass one before a few elements are read, so
 that all of them are written: on GPUs XLA resolves these barriers after fusing, on CPUs before. A
-row's median and p99 are over runs of the loop, so p99 is one of means over its turns; the slowest
+run costs the host up to a millisecond before and after, so the loop has many turns there. A row's median and p99 are over runs of the loop, so p99 is one of means over its turns; the slowest
 rank ends a run. Programs that are compared take turns, so that drifting clocks touch both alike.
 """
 
@@ -24,7 +24,8 @@ import jax_ep
 
 from .work import Moved
 
-LOOP = 10  # turns of the loop
+LOOP = 10  # turns of a loop
+LONG_LOOP = {"gpu": 100, "cpu": LOOP}  # of one whose turns are short
 MOST, FEWEST = 100, 3  # runs of a program: as many as fit the seconds
 BUDGET_S = {"gpu": 0.4, "cpu": 0.02}
 COLUMNS = ("median us", "p99 us", "wire MB", "wire GB/s", "floor us", "ratio")
@@ -121,8 +122,9 @@ class Timer:
 
         return functools.partial(self.mapped(loop), *op.operands)
 
-    def time(self, name: str, op: Operation, *, length: int = LOOP):
+    def time(self, name: str, op: Operation, *, length: int | None = None):
         """Time an operation in a loop; L2 holds what the turn before left there."""
+        length = length or LONG_LOOP.get(jax.default_backend(), LOOP)
         (times,) = take_turns(self.looped(op, length))
         self.keep(name, op, times / length, length=length)
 
