@@ -17,7 +17,7 @@ from nodes_checks import Checks
 import jax_ep
 
 
-def timing(checks: Checks, H=7168, K=8, E=256, loop=10):
+def timing(checks: Checks, H=7168, K=8, E=256, loop=100):
     T = checks.timed_tokens
     checks("initialize two more groups", lambda: checks.initialize("timed", "near"))
     kept = {}
