@@ -106,13 +106,14 @@ def make_node_group(
     node_ranks: int,
     elements: list[int],
     rings: tuple[int, int],
+    slots: tuple[int, int],
 ) -> bool:
     """Make the group `key`, which spans nodes of `node_ranks`; `devices` as in `make_group`.
 
-    Its control block and rings, of so many slots of so many bytes, are at `address` of the arena;
-    `elements`: NVSHMEM's rank of each rank.
+    Its control block, slots for so many tokens of so many bytes, and rings, of so many slots of so
+    many bytes, are at `address` of the arena; `elements`: NVSHMEM's rank of each rank.
     """
-    return _ext.make_node_group(key, devices, address, node_ranks, elements, *rings)
+    return _ext.make_node_group(key, devices, address, node_ranks, elements, rings, slots)
 
 
 def slot_bytes(num_ranks: int, tokens: int, row_bytes: int) -> int | None:
@@ -196,11 +197,11 @@ def control_layout(num_ranks: int) -> list[tuple[str, str, int, int]]:
     return _ext.control_layout(num_ranks) if has_cuda() else []
 
 
-def ring_layout(
-    num_ranks: int, node_ranks: int, slots: int, slot_bytes: int
+def piece_layout(
+    num_ranks: int, node_ranks: int, rings: tuple[int, int], slots: tuple[int, int]
 ) -> list[tuple[str, str, int, int]]:
-    """The same of the rings behind it, in a group of nodes of `node_ranks`."""
-    return _ext.ring_layout(num_ranks, node_ranks, slots, slot_bytes) if has_cuda() else []
+    """The same of what lies behind it in a group of nodes of `node_ranks`; as `make_node_group`."""
+    return _ext.piece_layout(num_ranks, node_ranks, rings, slots) if has_cuda() else []
 
 
 def can_access_peer(device: int, peer: int) -> bool:

@@ -54,9 +54,9 @@ def initialize(
         axis_name: the mesh axis, or tuple of axes, along which devices exchange tokens.
         timeout_s: seconds after which a wait for a peer ends in an error.
         config: `decode_tokens` and `decode_row_bytes` size the slots for small batches, which are
-            allocated here; pass the same to the operations. None: as an earlier call has it, or
-            the default `Config`. `gpus_per_node` and `rdma` are for groups that span nodes, which
-            want `decode_tokens=0`, here and in the operations.
+            allocated here, where a group spans nodes in `Rdma.arena_bytes`; pass the same to the
+            operations. None: as an earlier call has it, or the default `Config`. `gpus_per_node`
+            and `rdma` are for groups that span nodes.
         stats: whether operations of these groups record timings for `jax_ep.stats`: on CUDA those
             that are launched, or captured into a CUDA graph, from then on. None: as before; at
             first they do not.
@@ -66,7 +66,8 @@ def initialize(
         ValueError: an unknown axis; a timeout that is not positive; a mesh of the same axes and
             sizes but another order of devices than an earlier one; slots of another size; ranks
             that do not form nodes of one size, side by side; nodes of another size than before, or
-            another network; small batches between nodes.
+            another network.
+        MemoryError: slots and rings of a group that spans nodes do not fit `Rdma.arena_bytes`.
         RuntimeError: a group that spans processes or nodes could not be set up, in all of them.
 
     Example:
@@ -174,14 +175,12 @@ def _start(
         sharing, restart, hosts = _rendezvous.agree(meeting, device, restart)
     topologies = [_nodes.topology_of(group, hosts, config.gpus_per_node) for group in groups]
     spans_nodes = any(topology.spans_nodes for topology in topologies)
-    if spans_nodes:
-        _nodes.check_config(slots[0])
     if not restart:
         return
     world = _rdma.start(everyone, hosts, config.rdma) if spans_nodes else None
     for group, topology in zip(groups, topologies, strict=True):
         if world is not None and topology.spans_nodes:
-            piece = _nodes.take(world, _key(group), topology, config.rdma)  # in every process
+            piece = _nodes.take(world, _key(group), topology, config, slots)  # in every process
             if any(d.process_index == me for d in group):
                 generation = _generation[piece.key] = _generation.get(piece.key, 0) + 1
                 _nodes.start(name, group, world, piece, generation, timeout_s, sharing)

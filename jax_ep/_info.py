@@ -11,7 +11,7 @@ from importlib import metadata
 import jax
 
 from . import _ffi, _nics, _rdma_library, _slots, _sms
-from ._types import Config, Rdma
+from ._types import Config
 
 
 def facts() -> dict:
@@ -29,7 +29,7 @@ def facts() -> dict:
         "devices": [f"{d.platform}:{d.id} {d.device_kind}" for d in devices],
         "implementations": [*(["cuda"] if _ffi.has_cuda() else []), "xla"],
         "control_block": control_block(num_ranks=max(2, len(devices))),
-        "rings": rings(Config().rdma, node_ranks=max(1, len(devices))),
+        "between_nodes": between_nodes(Config(), node_ranks=max(1, len(devices))),
         "small_batches": small_batches(Config(), num_ranks=max(2, len(devices))),
         "default_sms": default_sms(devices),
         "rdma": rdma(),
@@ -51,10 +51,11 @@ def control_block(num_ranks: int) -> list[str]:
     return _fields(_ffi.control_layout(num_ranks), f"{num_ranks} ranks")
 
 
-def rings(rdma: Rdma, node_ranks: int) -> list[str]:
+def between_nodes(config: Config, node_ranks: int) -> list[str]:
     """What each rank of two nodes of `node_ranks` has behind its control block, field by field."""
-    sizes = rdma.ring_slots, rdma.ring_slot_bytes
-    fields = _ffi.ring_layout(2 * node_ranks, node_ranks, *sizes)
+    rings = config.rdma.ring_slots, config.rdma.ring_slot_bytes
+    slots = config.decode_tokens, config.decode_row_bytes
+    fields = _ffi.piece_layout(2 * node_ranks, node_ranks, rings, slots)
     return _fields(fields, f"2 nodes of {node_ranks} ranks")
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA groups that span nodes: their pieces of NVSHMEM's arena, and how they start.
 
-A piece has a rank's control block and, behind it, its rings; it is at one offset in all processes.
+A piece has a rank's control block and, behind it, its slots for small batches and its rings; it is
+at one offset in all processes.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import jax
 
 from . import _ffi, _rdma, _rdma_checks, _rendezvous, _topology
 from ._jax_compat import Device
-from ._types import Rdma
+from ._types import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Piece:
     offset: int
     node_ranks: int  # L
     rings: tuple[int, int]  # slots of each, bytes of a slot
+    slots: tuple[int, int]  # tokens of a small batch, bytes of a row
 
 
 def topology_of(
@@ -31,30 +33,38 @@ def topology_of(
     return _topology.of_group(places, gpus_per_node)
 
 
-def check_config(decode_tokens: int) -> None:
-    """Raise unless small batches are switched off: their slots do not go between nodes."""
-    if decode_tokens:
-        raise ValueError(
-            "config: expected decode_tokens=0 for a group that spans nodes, as small batches take "
-            f"the path of large ones there, got {decode_tokens}: give jax_ep.initialize and the "
-            "operations jax_ep.Config(decode_tokens=0)"
-        )
-
-
-def take(world: _rdma.World, devices: str, topology: _topology.Topology, rdma: Rdma) -> Piece:
+def take(
+    world: _rdma.World,
+    devices: str,
+    topology: _topology.Topology,
+    config: Config,
+    slots: tuple[int, int],
+) -> Piece:
     """The piece of the group of `devices`, new unless it has one.
 
     Called in every process for every group, also those that it is not in, in one order: that is why
     offsets agree.
+
+    Raises:
+        MemoryError: the arena has no room for it.
     """
-    rings = rdma.ring_slots, rdma.ring_slot_bytes
+    rings = config.rdma.ring_slots, config.rdma.ring_slot_bytes
     N, L = topology.num_nodes, topology.ranks_per_node
-    key = f"{devices} nodes {N}x{L} rings {rings[0]}x{rings[1]} world {world.round}"
+    sizes = f"rings {rings[0]}x{rings[1]} slots {slots[0]}x{slots[1]}"
+    key = f"{devices} nodes {N}x{L} {sizes} world {world.round}"
     offset = world.arena.offset(key)
     if offset is None:
-        *_, (_, _, at, size) = _ffi.ring_layout(N * L, L, *rings)
-        offset = world.arena.take(key, at + size)
-    return Piece(key, offset, L, rings)
+        fields = _ffi.piece_layout(N * L, L, rings, slots)
+        *_, (_, _, at, size) = fields
+        try:
+            offset = world.arena.take(key, at + size)
+        except MemoryError as error:
+            small = sum(size for name, _, _, size in fields if name in ("slots", "outboxes"))
+            raise MemoryError(
+                f"{error}, or lower Config.decode_tokens or decode_row_bytes: {small} of these "
+                "bytes are for small batches"
+            ) from None
+    return Piece(key, offset, L, rings, slots)
 
 
 def start(
@@ -86,7 +96,9 @@ def start(
     is_new, problems = False, []
     try:
         address = world.address + piece.offset
-        is_new = _ffi.make_node_group(piece.key, devices, address, L, elements, piece.rings)
+        is_new = _ffi.make_node_group(
+            piece.key, devices, address, L, elements, piece.rings, piece.slots
+        )
     except RuntimeError as error:  # the others wait for this process's word
         problems.append(str(error))
     meeting = _rendezvous.Meeting(f"{piece.key}/{generation}", group)

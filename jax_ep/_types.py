@@ -100,8 +100,8 @@ class Config:
             own collectives; docs/overlap.md. All operations of a group in a program want the same
             choice, as those of different streams could meet. The `xla` implementation ignores it.
         decode_tokens: most tokens per rank, T, that take the path for small batches on CUDA; 0
-            switches it off, which groups that span nodes demand. `initialize` sizes the slots of a
-            group by this and the next.
+            switches it off. `initialize` sizes the slots of a group by this and the next; where it
+            spans nodes they lie in `Rdma.arena_bytes`.
         decode_row_bytes: most bytes of a row, H times the item size of `x` or `y`, that take it.
         gpus_per_node: ranks that form a node, neighbours in the group; None: those of one host. A
             divisor of that splits hosts into virtual nodes, between which data goes as between

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Groups that span nodes, without GPUs: their settings, pieces of the arena, and steps of a start."""
 
+import itertools
 import pathlib
 import threading
 import types
@@ -17,12 +18,6 @@ from jax_ep._arena import ALIGNMENT, Arena
 from jax_ep._topology import Topology
 
 needs_layout = pytest.mark.skipif(not _ffi.has_cuda(), reason="the layout is in the CUDA build")
-
-
-def test_small_batches_stay_inside_a_node():
-    with pytest.raises(ValueError, match="expected decode_tokens=0 .*, got 128: .*Config.decode_t"):
-        _nodes.check_config(128)
-    _nodes.check_config(0)
 
 
 def test_a_group_keeps_its_nodes_and_network():
@@ -46,50 +41,57 @@ def world(processes=(0, 1, 2, 3), arena_bytes=2**30) -> Any:
     )
 
 
+SLOTS = (128, 16384)
+
+
 @needs_layout
 def test_pieces_are_alike_in_all_processes():
-    topology = Topology(num_nodes=2, ranks_per_node=1, num_hosts=2)
+    topology, config = Topology(num_nodes=2, ranks_per_node=1, num_hosts=2), jax_ep.Config()
     here, there = world(), world()
     groups = ["0,1", "2,3"]  # each process is in one of them
     pieces = [
-        [_nodes.take(w, group, topology, jax_ep.Rdma()) for group in groups] for w in (here, there)
+        [_nodes.take(w, group, topology, config, SLOTS) for group in groups] for w in (here, there)
     ]
     assert pieces[0] == pieces[1]
     first, second = pieces[0]
-    *_, (_, _, at, size) = _ffi.ring_layout(2, 1, 96, jax_ep.Rdma().ring_slot_bytes)
+    rings = config.rdma.ring_slots, config.rdma.ring_slot_bytes
+    *_, (_, _, at, size) = _ffi.piece_layout(2, 1, rings, SLOTS)
     assert second.offset - first.offset == -(-(at + size) // ALIGNMENT) * ALIGNMENT
-    assert _nodes.take(here, "0,1", topology, jax_ep.Rdma()) == first  # a restart
-    small = _nodes.take(here, "0,1", topology, jax_ep.Rdma(ring_slots=1))
+    assert _nodes.take(here, "0,1", topology, config, SLOTS) == first  # a restart
+    fewer = jax_ep.Config(rdma=jax_ep.Rdma(ring_slots=1))
+    small = _nodes.take(here, "0,1", topology, fewer, SLOTS)
     assert small.offset > second.offset and small.rings[0] == 1
+    none = _nodes.take(here, "0,1", topology, fewer, (0, 16384))
+    assert none.offset > small.offset and none.slots == (0, 16384)
 
 
 @needs_layout
 def test_a_piece_that_does_not_fit():
-    topology = Topology(num_nodes=8, ranks_per_node=8, num_hosts=8)
-    with pytest.raises(MemoryError, match="raise Rdma.arena_bytes"):
-        _nodes.take(world(arena_bytes=2**27), "many", topology, jax_ep.Rdma())
+    topology, config = Topology(num_nodes=8, ranks_per_node=8, num_hosts=8), jax_ep.Config()
+    message = r"raise Rdma.arena_bytes, or lower Config.decode_tokens .* \d+ of these bytes are"
+    with pytest.raises(MemoryError, match=message):
+        _nodes.take(world(arena_bytes=2**27), "many", topology, config, SLOTS)
 
 
 @needs_layout
-def test_rings_follow_the_control_block():
-    fields = _ffi.ring_layout(8, 4, 4, 1024)
+def test_slots_and_rings_follow_the_control_block():
+    fields = _ffi.piece_layout(8, 4, (4, 1024), (32, 2048))
     control = sum(size for *_, size in _ffi.control_layout(8))
     assert control <= fields[0][2] < control + 128 * len(fields)
-    assert {
-        name: size for name, _, _, size in fields if name in ("send", "receive", "partials")
-    } == {
-        "send": 1 * 4 * 1024,
-        "receive": 2 * 4 * 1024,
-        "partials": 4 * 4 * 1024,
-    }
-    lines = _info.rings(jax_ep.Rdma(ring_slots=4, ring_slot_bytes=1024), node_ranks=4)
-    assert lines[0].endswith("bytes on each of 2 nodes of 4 ranks") and len(lines) == 11
+    sizes = {name: size for name, _, _, size in fields}
+    for (_, _, at, size), (_, _, next_at, _) in itertools.pairwise(fields):
+        assert at + size <= next_at < at + size + 128
+    assert sizes["slots"] == _ffi.slot_bytes(8, 32, 2048) == 2 * sizes["outboxes"]
+    assert (sizes["send"], sizes["receive"], sizes["partials"]) == (4096, 4096, 3 * 4096)
+    config = jax_ep.Config(rdma=jax_ep.Rdma(ring_slots=4, ring_slot_bytes=1024))
+    lines = _info.between_nodes(config, node_ranks=4)
+    assert lines[0].endswith("bytes on each of 2 nodes of 4 ranks") and len(lines) == 13
 
 
 @needs_layout
-def test_documented_rings_are_those_in_the_code():
+def test_documented_memory_is_that_in_the_code():
     page = pathlib.Path(__file__).parent.parent / "docs" / "multi_node.md"
-    assert "\n".join(_info.rings(jax_ep.Rdma(), node_ranks=8)) in page.read_text()
+    assert "\n".join(_info.between_nodes(jax_ep.Config(), node_ranks=8)) in page.read_text()
 
 
 class Processes:
@@ -128,8 +130,9 @@ class Processes:
             assert [r for r, device in enumerate(devices) if device >= 0] == [me.rank]
             processes.log[me.rank].append("shared")
 
-        def make(key, devices, address, node_ranks, elements, rings):
-            assert (node_ranks, elements, rings) == (2, [3, 2, 1, 0], (16, 1280)), elements
+        def make(key, devices, address, node_ranks, elements, rings, slots):
+            assert (node_ranks, elements) == (2, [3, 2, 1, 0]), elements
+            assert (rings, slots) == ((16, 1280), (128, 16384))
             assert address == 2**40 + processes.offsets[me.rank]
             if me.rank in processes.broken:
                 raise RuntimeError(processes.broken[me.rank])
@@ -156,7 +159,7 @@ class Processes:
 
         def run(rank):
             self.me.rank = rank
-            piece = _nodes.Piece("key", self.offsets[rank], 2, (16, 1280))
+            piece = _nodes.Piece("key", self.offsets[rank], 2, (16, 1280), SLOTS)
             try:
                 _nodes.start("signature", devices, world((3, 2, 1, 0)), piece, 2, 3.0, 1)
             except Exception as error:

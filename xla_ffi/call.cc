@@ -113,13 +113,6 @@ bool half_of(int64_t phase, Half* out, Checker& checker) {
 bool fits_slots(const Attributes& a, const Member& member, size_t row_bytes, Checker& checker) {
   const Exchange& x = a.exchange;
   const SlotSize& slots = member.group->slots();
-  if (const Nodes* nodes = member.group->nodes()) {
-    checker.fail(
-        "small batches and halves do not go between nodes: expected Config(decode_tokens=0) in "
-        "plain dispatch and combine, got a group of nodes of " +
-        std::to_string(nodes->node_ranks) + " ranks");
-    return false;
-  }
   if (x.num_tokens > slots.tokens || row_bytes > size_t(slots.row_bytes)) {
     checker.fail("expected at most " + std::to_string(slots.tokens) + " tokens of " +
                  std::to_string(slots.row_bytes) + " bytes, got " + std::to_string(x.num_tokens) +

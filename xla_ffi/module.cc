@@ -56,9 +56,11 @@ nb::list control_layout(int num_ranks) {
   return rows_of(fields);
 }
 
-nb::list ring_layout(int num_ranks, int node_ranks, int slots, int slot_bytes) {
-  jax_ep::Field fields[jax_ep::kRingFields];
-  jax_ep::rings_of(num_ranks, node_ranks, {slots, slot_bytes}, fields);
+nb::list piece_layout(int num_ranks, int node_ranks, std::pair<int, int> rings,
+                      std::pair<int, int> slots) {
+  jax_ep::Field fields[jax_ep::kPieceFields];
+  jax_ep::rings_of(num_ranks, node_ranks, {rings.first, rings.second}, {slots.first, slots.second},
+                   fields);
   return rows_of(fields);
 }
 
@@ -107,14 +109,18 @@ NB_MODULE(_ext, m) {
   m.def(
       "make_node_group",
       [](const std::string& key, const std::vector<int>& devices, uint64_t address, int node_ranks,
-         const std::vector<int>& elements, int ring_slots, int ring_slot_bytes) {
-        return jax_ep::make_node_group(
-            key, devices, {address, node_ranks, elements, {ring_slots, ring_slot_bytes}});
+         const std::vector<int>& elements, std::pair<int, int> rings, std::pair<int, int> slots) {
+        return jax_ep::make_node_group(key, devices,
+                                       {address,
+                                        node_ranks,
+                                        elements,
+                                        {rings.first, rings.second},
+                                        {slots.first, slots.second}});
       },
       no_gil,
       "The same of a group that spans nodes: where its piece of the arena is on this rank, ranks "
-      "of "
-      "a node, NVSHMEM's rank of each, slots of a ring and bytes of one.");
+      "of a node, NVSHMEM's rank of each, slots of a ring and bytes of one, tokens of a small "
+      "batch and bytes of a row.");
   m.def(
       "export_rank",
       [](const std::string& key, int rank, uint64_t in_pool) {
@@ -166,8 +172,8 @@ NB_MODULE(_ext, m) {
         "What went wrong first; empty if nothing did.");
   m.def("describe_groups", &jax_ep::describe_groups, "One line for each group.");
   m.def("control_layout", &control_layout, "Name, writer, offset and bytes of each control field.");
-  m.def("ring_layout", &ring_layout,
-        "The same of the rings behind it, in a group that spans nodes.");
+  m.def("piece_layout", &piece_layout,
+        "The same of what lies behind it in a group that spans nodes: slots, outboxes, rings.");
   jax_ep::define_rdma(m);
 #endif
 }

@@ -8,9 +8,15 @@
 
 namespace jax_ep {
 
-RingLayout rings_of(int num_ranks, int node_ranks, const RingSize& size, Field* fields) {
-  return ring_layout(num_ranks / node_ranks, node_ranks, size, control_layout(num_ranks).total,
-                     fields);
+RingLayout rings_of(int num_ranks, int node_ranks, const RingSize& rings, const SlotSize& slots,
+                    Field* fields) {
+  const size_t at = control_layout(num_ranks).total, bytes = slot_bytes(num_ranks, slots);
+  const size_t outboxes = outbox_bytes(num_ranks, slots);
+  if (fields != nullptr) {
+    *fields++ = {"slots", "rank r: [kind][parity][r]", at, bytes};
+    *fields++ = {"outboxes", "this rank: [parity][rank]", at + bytes, outboxes};
+  }
+  return ring_layout(num_ranks / node_ranks, node_ranks, rings, at + bytes + outboxes, fields);
 }
 
 Nodes nodes_in(const Piece& piece, const std::vector<int>& devices) {
@@ -21,7 +27,8 @@ Nodes nodes_in(const Piece& piece, const std::vector<int>& devices) {
                              std::to_string(R) + " in nodes of " + std::to_string(L) + " and " +
                              std::to_string(piece.elements.size()) + " elements");
   }
-  Nodes nodes{L, rings_of(R, L, piece.rings), {}, std::vector<char*>(R), &rdma_library()};
+  Nodes nodes{
+      L, rings_of(R, L, piece.rings, piece.slots), {}, std::vector<char*>(R), &rdma_library()};
   std::copy(piece.elements.begin(), piece.elements.end(), nodes.elements.element);
   const auto here = std::find_if(devices.begin(), devices.end(), [](int d) { return d >= 0; });
   const int me = static_cast<int>(here - devices.begin());

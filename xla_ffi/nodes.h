@@ -15,10 +15,15 @@ struct Piece {
   int node_ranks;
   std::vector<int> elements;  // NVSHMEM's rank of each rank of the group
   RingSize rings;
+  SlotSize slots;
 };
 
-// The rings of `num_ranks` ranks behind their control block.
-RingLayout rings_of(int num_ranks, int node_ranks, const RingSize& size, Field* fields = nullptr);
+constexpr int kPieceFields = 2 + kRingFields;
+
+// Where what `num_ranks` ranks have behind their control block lies: slots, outboxes, rings; and
+// the rings.
+RingLayout rings_of(int num_ranks, int node_ranks, const RingSize& rings, const SlotSize& slots,
+                    Field* fields = nullptr);
 
 // Where the ranks of this process's node have the piece; `devices` as Group takes them. Throws
 // std::runtime_error if a rank of the node is out of reach.

@@ -49,14 +49,17 @@ std::string join(const std::vector<int>& v) {
 std::string describe(const Group& group) {
   const std::string control =
       "control block of " + std::to_string(group.control_bytes()) + " bytes on each, ";
-  if (const Nodes* nodes = group.nodes()) {
-    return control + "nodes of " + std::to_string(nodes->node_ranks) + ", rings of " +
-           std::to_string(nodes->at.slots) + " slots of " + std::to_string(nodes->at.slot_bytes) +
-           " bytes: " + std::to_string(nodes->at.total - group.control_bytes()) + " on each";
-  }
-  return control + "slots of " + std::to_string(slot_bytes(group.num_ranks(), group.slots())) +
-         " for " + std::to_string(group.slots().tokens) + " tokens of " +
-         std::to_string(group.slots().row_bytes) + " bytes";
+  const SlotSize& slots = group.slots();
+  const size_t bytes = slot_bytes(group.num_ranks(), slots);
+  const std::string holds =
+      std::to_string(slots.tokens) + " tokens of " + std::to_string(slots.row_bytes) + " bytes";
+  const Nodes* nodes = group.nodes();
+  if (nodes == nullptr) return control + "slots of " + std::to_string(bytes) + " for " + holds;
+  const size_t small = bytes + outbox_bytes(group.num_ranks(), slots);
+  return control + "nodes of " + std::to_string(nodes->node_ranks) + ", slots and outboxes of " +
+         std::to_string(small) + " for " + holds + ", rings of " + std::to_string(nodes->at.slots) +
+         " slots of " + std::to_string(nodes->at.slot_bytes) +
+         " bytes: " + std::to_string(nodes->at.total - group.control_bytes() - small) + " on each";
 }
 
 bool make(const std::string& key, const std::function<std::unique_ptr<Group>()>& make_new) {
@@ -77,9 +80,8 @@ bool make_group(const std::string& key, const std::vector<int>& devices, int slo
 }
 
 bool make_node_group(const std::string& key, const std::vector<int>& devices, const Piece& piece) {
-  return make(key, [&] {
-    return std::make_unique<Group>(devices, SlotSize{0, 0}, nodes_in(piece, devices));
-  });
+  return make(
+      key, [&] { return std::make_unique<Group>(devices, piece.slots, nodes_in(piece, devices)); });
 }
 
 std::vector<Exported> export_rank(const std::string& key, int rank, uint64_t in_pool) {

@@ -54,8 +54,12 @@ ffi::Error slot_combine(cudaStream_t stream, const Attributes& a, int64_t phase,
   Signature s = signature_of(a, member, Operation::kCombine);
   s.add(kSlots).add(H).add(static_cast<int>(type)).add(has_weights).add(wire).add(power_of_two);
   p.call.signature = s.value();
-  return launched(launch_slot_combine(&p, x, element, H, launch_of(a, member, stream)),
-                  "jax_ep_slot_combine");
+  const Launch where = launch_of(a, member, stream);
+  if (const Nodes* nodes = member.group->nodes()) {
+    return launched(nodes->library->launch_slot_combine(p, nodes->elements, element, where),
+                    "jax_ep_slot_combine between nodes");
+  }
+  return launched(launch_slot_combine(&p, x, element, H, where), "jax_ep_slot_combine");
 }
 
 XLA_FFI_DEFINE_HANDLER(handler, with_attributes("jax_ep_slot_combine", slot_combine),

@@ -60,8 +60,12 @@ ffi::Error slot_dispatch(cudaStream_t stream, const Attributes& a, int64_t phase
   s.add(kSlots).add(H).add(static_cast<int>(type)).add(wire).add(power_of_two);
   s.add(has_scales).add(has_scalars);
   p.call.signature = s.value();
-  return launched(launch_slot_dispatch(&p, x, element, how, H, launch_of(a, member, stream)),
-                  "jax_ep_slot_dispatch");
+  const Launch where = launch_of(a, member, stream);
+  if (const Nodes* nodes = member.group->nodes()) {
+    return launched(nodes->library->launch_slot_dispatch(p, nodes->elements, element, how, where),
+                    "jax_ep_slot_dispatch between nodes");
+  }
+  return launched(launch_slot_dispatch(&p, x, element, how, H, where), "jax_ep_slot_dispatch");
 }
 
 XLA_FFI_DEFINE_HANDLER(handler, with_attributes("jax_ep_slot_dispatch", slot_dispatch),

@@ -9,13 +9,6 @@
 #include "nvshmem_transport.cuh"
 
 namespace jax_ep {
-namespace {
-
-Nvshmem transport_of(const Call& call, const RankElements& e) {
-  return {call.peers.control[call.peers.rank], e};
-}
-
-}  // namespace
 
 cudaError_t load_node_kernels() { return load_kernels_over<Nvshmem>(); }
 

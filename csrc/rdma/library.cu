@@ -148,6 +148,14 @@ const char* smoke(uint64_t* words, int rank, int num_ranks, uint64_t value, doub
                          : " within " + std::to_string(timeout_s) + " s, got nothing"));
 }
 
+cudaError_t load_kernels() {
+  for (auto* load : {load_node_kernels, load_node_slot_dispatch, load_node_slot_combine}) {
+    const cudaError_t error = load();
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
 constexpr Table kTable = {
     kTableVersion,
     facts,
@@ -159,10 +167,12 @@ constexpr Table kTable = {
     release,
     peer,
     smoke,
-    load_node_kernels,
+    load_kernels,
     launch_node_routing,
     launch_node_dispatch,
     launch_node_combine,
+    launch_node_slot_dispatch,
+    launch_node_slot_combine,
 };
 
 }  // namespace

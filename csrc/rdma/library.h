@@ -12,7 +12,7 @@
 namespace jax_ep::rdma {
 
 // Grows with every change of `Table`; the extension refuses another number.
-constexpr int kTableVersion = 3;
+constexpr int kTableVersion = 4;
 
 constexpr size_t kUniqueIdBytes = 128;
 
@@ -63,6 +63,11 @@ struct Table {
                                  const Launch& how);
   cudaError_t (*launch_combine)(const NodeCombine& p, const RankElements& e, Element y,
                                 const Launch& how);
+  // Of small batches.
+  cudaError_t (*launch_slot_dispatch)(const SlotDispatchParams& p, const RankElements& e, Element x,
+                                      Wire wire, const Launch& how);
+  cudaError_t (*launch_slot_combine)(const SlotCombineParams& p, const RankElements& e, Element y,
+                                     const Launch& how);
 };
 
 // Of one smoke test: the word to send, the word that arrives, its signal, and what was found.

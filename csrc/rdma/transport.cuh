@@ -9,7 +9,7 @@
 //     // `from` must stay as it is until the receiver has answered the signal.
 //     void put_signal(int rank, uint64_t to, const char* from, size_t bytes, uint64_t signal,
 //                     uint64_t value) const;
-//     // The same by all lanes of a warp.
+//     // The same by all lanes of a warp; `bytes` is a multiple of 16.
 //     void put_signal_by_warp(int rank, uint64_t to, const char* from, size_t bytes,
 //                             uint64_t signal, uint64_t value) const;
 //     // By one thread: `value` to the word at offset `signal` of `rank`. What this thread has read

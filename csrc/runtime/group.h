@@ -20,8 +20,7 @@ class Group {
  public:
   // `devices[r]`: the CUDA device of rank r, ranks may share one; -1 for a rank of another process,
   // which `attach` completes. `slots`: what small batches may have. `nodes`: of a group that spans
-  // nodes, whose ranks are one in each process; it has no small batches. Throws
-  // std::runtime_error.
+  // nodes, whose ranks are one in each process. Throws std::runtime_error.
   explicit Group(std::vector<int> devices, const SlotSize& slots = {},
                  std::optional<Nodes> nodes = {});
   ~Group();
@@ -73,7 +72,7 @@ class Group {
 
  private:
   void release() noexcept;
-  // Of a rank: its control block, then its slots or its rings.
+  // Of a rank: its control block, then its slots; between nodes outboxes and rings, too.
   size_t shared_bytes() const {
     return nodes_ ? nodes_->at.total : control_bytes() + slot_bytes(num_ranks(), slots_);
   }

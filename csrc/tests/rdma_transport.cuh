@@ -14,20 +14,18 @@ struct PeerTransport {
 
   __device__ void put_signal(int rank, uint64_t to, const char* from, size_t bytes, uint64_t signal,
                              uint64_t value) const {
-    const uint32_t luck = dice(static_cast<uint32_t>(value >> 24) * 31 + rank);
-    const size_t half = bytes / 32 * 16;
-    delay(luck);
-    if (luck & 1) {
-      copy_by_block(arena[rank] + to, from, 0, half);
-      delay(luck >> 8);
-      copy_by_block(arena[rank] + to, from, half, bytes);
-    } else {
-      copy_by_block(arena[rank] + to, from, half, bytes);
-      delay(luck >> 8);
-      copy_by_block(arena[rank] + to, from, 0, half);
-    }
+    put_torn(rank, bytes, value, [&](size_t first, size_t last) {
+      copy_by_block(arena[rank] + to, from, first, last);
+    });
     __syncthreads();  // the block's stores before the signal
     if (threadIdx.x == 0) this->signal(rank, signal, value);
+  }
+  __device__ void put_signal_by_warp(int rank, uint64_t to, const char* from, size_t bytes,
+                                     uint64_t signal, uint64_t value) const {
+    put_torn(rank, bytes, value,
+             [&](size_t first, size_t last) { copy_by_warp(arena[rank] + to, from, first, last); });
+    __syncwarp();  // the warp's stores before the signal
+    if (lane_id() == 0) this->signal(rank, signal, value);
   }
   __device__ void signal(int rank, uint64_t at, uint64_t value) const {
     delay(dice(static_cast<uint32_t>(value >> 24) * 37 + rank));
@@ -36,6 +34,17 @@ struct PeerTransport {
   __device__ void receive(const uint64_t*, uint64_t) const {}
 
  private:
+  // `copy(first, last)` in two halves.
+  template <typename Copy>
+  __device__ void put_torn(int rank, size_t bytes, uint64_t value, Copy&& copy) const {
+    const uint32_t luck = dice(static_cast<uint32_t>(value >> 24) * 31 + rank);
+    const size_t half = bytes / 32 * 16;
+    const bool in_order = (luck & 1) != 0;
+    delay(luck);
+    copy(in_order ? 0 : half, in_order ? half : bytes);
+    delay(luck >> 8);
+    copy(in_order ? half : 0, in_order ? bytes : half);
+  }
   __device__ uint32_t dice(uint32_t n) const {
     uint32_t v = (n + adverse) * 0x9e3779b1u;
     v ^= v >> 15;

@@ -26,18 +26,20 @@ class Series {
     return c;
   }
   // Some of the same shape with other values, some of others; ranks run ahead of each other as far
-  // as they may.
+  // as they may. Sometimes rank 0 only takes: then nothing but greetings holds it up in combines.
   std::vector<Step> fill(SlotWorld& w, const Layout& layout) {
     Case c;
+    const bool takes = chance(0.25);
     for (int i = 0; i < kExchanges; ++i) {
       if (i == 0 || chance(0.25)) {
         c = next_case(layout);
       } else {
         cases_.refill(c);
       }
+      if (takes) std::fill_n(c.topk_idx.begin(), c.x.num_pairs(), -1);
       w.add(c, pick_results(c));
     }
-    return pick_steps(w);
+    return takes ? combines_last(w) : pick_steps(w);
   }
   Results pick_results(const Case& c) {
     Results results;
@@ -58,6 +60,14 @@ class Series {
   uint64_t seed() const { return seed_; }
 
  private:
+  std::vector<Step> combines_last(SlotWorld& w) {
+    std::vector<Step> steps;
+    for (SlotKind kind : {SlotKind::kDispatch, SlotKind::kCombine}) {
+      for (size_t i = 0; i < kExchanges; ++i) steps.push_back({i, kind, Half::kBoth});
+    }
+    for (size_t i = 0; i < kExchanges; ++i) w[i].is_combined = true;
+    return steps;
+  }
   // Whole and in halves; a combine may end while the next dispatch is on its way. Some exchanges
   // have no combine, some several.
   std::vector<Step> pick_steps(SlotWorld& w) {
