@@ -9,9 +9,9 @@
 //   gateway blocks of rank (d, l), per (chunk, source (n, l)), n not d:
 //     await the L - 1 partials; await room in the ring to (n, l)
 //                                                     <-- credit ---   (n, l)
-//     each token's and my own, added in rank order, rounded  -> send slot
+//     each token's and my own, added in rank order, rounded  -> send slot, packed
 //     emptied                                                    -->   each (d, j)
-//     put, signal                                                -->   (n, l)
+//   put blocks: packed messages, put, signal                     -->   (n, l)
 //   reduce blocks of rank (n, l), per chunk:
 //     await the N - 1 messages, and the L - 1 partials of my node
 //     each token's: my node's as a gateway adds it, the nodes' in order, rounded once  -> out
@@ -34,14 +34,19 @@ __device__ void combine_between_nodes(const WithTransport<NodeCombine, Transport
   const Rings rings(op, q.at);
   const Stages<T, Transport> stages(q, op, rings, own);
   const CombineRoles roles =
-      split_combine_roles(gridDim.x, op.R, rings.L, p.exchange.top_k, q.gateway_percent);
+      split_combine_roles(gridDim.x, op.R, rings.L, p.exchange.top_k, q.percent);
   if (!op.began_broken()) {
-    const int gateway = blockIdx.x - roles.partial, reduce = gateway - roles.gateway;
+    const int gateway = blockIdx.x - roles.partial, put = gateway - roles.gateway;
+    const int reduce = put - roles.put;
     bool good = true;
     if (gateway < 0) {
       good = stages.make_partials(blockIdx.x, roles.partial);
-    } else if (reduce < 0) {
+    } else if (put < 0) {
       good = stages.sum_node(gateway, roles.gateway);
+    } else if (reduce < 0) {
+      good = put_messages(op, rings, q.transport, q.shape, stages.chunks(), put, roles.put,
+                          [&](int i) { return rings.other(i); });
+      good = __syncthreads_and(good);
     }
     if (good) stages.sum_nodes(reduce < 0 ? roles.reduce : reduce, roles.reduce);
   }

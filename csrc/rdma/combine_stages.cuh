@@ -3,6 +3,7 @@
 // in a chunk source node after source node.
 #pragma once
 #include "combine_sums.cuh"
+#include "put_messages.cuh"
 
 namespace jax_ep {
 
@@ -44,8 +45,7 @@ class Stages {
     const int others = rings_.N - 1;
     BlockTickets tickets(&op_.header().wire_ticket, block, blocks);
     for (int i; (i = tickets.take()) < chunks_ * others;) {
-      const int node = i % others;
-      if (!sum_node_chunk(i / others, node < rings_.node ? node : node + 1)) return false;
+      if (!sum_node_chunk(i / others, rings_.other(i % others), tickets)) return false;
     }
     return true;
   }
@@ -53,7 +53,7 @@ class Stages {
   __device__ void sum_nodes(int block, int blocks) const {
     BlockTickets tickets(&op_.header().local_ticket, block, blocks);
     for (int i; (i = tickets.take()) < chunks_;) {
-      if (!sum_nodes_chunk(i)) return;
+      if (!sum_nodes_chunk(i, tickets)) return;
     }
   }
 
@@ -222,7 +222,7 @@ class Stages {
   }
 
   // False: give up.
-  __device__ bool sum_node_chunk(int chunk, int node) const {
+  __device__ bool sum_node_chunk(int chunk, int node, BlockTickets& tickets) const {
     __shared__ Source of_rank[kMaxRanks];
     __shared__ TokenSet of_node;
     const Turn turn = rings_.message(node, chunk);
@@ -240,11 +240,10 @@ class Stages {
       if (!of_node.has(at)) return;
       piece.store(row_at(slot, of_node.before(at)), node_sum(of_rank, at, piece));
     });
+    tickets.draw_next();
     __syncthreads();  // the block's writes before the message, its reads before the credits
     give_back_partials(chunk, node);
-    const Turn there = turn.of(rings_.node);
-    q_.transport.put_signal(rings_.rank_of(node), rings_.received(there, node), slot,
-                            q_.shape.bytes(rows), rings_.arrived(there), rings_.stamp(turn));
+    hand_to_put(rings_, turn);
     return true;
   }
 
@@ -263,7 +262,7 @@ class Stages {
   }
 
   // False: give up.
-  __device__ bool sum_nodes_chunk(int chunk) const {
+  __device__ bool sum_nodes_chunk(int chunk, BlockTickets& tickets) const {
     __shared__ Source of_rank[kMaxRanks], of_other[kMaxRanks];
     __shared__ TokenSet of_node;
     const int N = rings_.N, count = tokens_of(chunk);
@@ -293,6 +292,7 @@ class Stages {
       piece.store(out + size_t(at) * row_bytes_, sum.rounded());
     });
     collect_scalars(chunk, slot_of);
+    tickets.draw_next();
     __syncthreads();  // the block's reads before the credits
     give_back_partials(chunk, rings_.node);
     for (int n = threadIdx.x; n < N; n += blockDim.x) {

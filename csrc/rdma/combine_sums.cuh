@@ -8,8 +8,8 @@
 
 namespace jax_ep {
 
-// Half of the threads that a block may have, so that each has registers for the rows in flight.
-constexpr int kStageThreads = kFullBlock < 512 ? kFullBlock : 512;
+// Not as many threads as a block may have, so that each has registers for the rows in flight.
+constexpr int kStageThreads = kFullBlock < 768 ? kFullBlock : 768;
 constexpr int kStageWarps = kStageThreads / 32;
 constexpr int kLaneVecs = 2;      // of a row, that a lane adds up
 constexpr int kRowsInFlight = 4;  // of a lane
@@ -137,22 +137,27 @@ struct OwnRows {
 // fast. The first `given` blocks begin with their own.
 class BlockTickets {
  public:
+  // By all threads of a block.
   __device__ BlockTickets(uint32_t* counter, int block, int given)
       : counter_(counter), given_(given), drawn_(block) {
     if (block >= given) draw();
-  }
-  // By all threads of a block: the next item.
-  __device__ int take() {
-    __shared__ int item;
-    if (threadIdx.x == 0) item = drawn_;
+    __syncthreads();  // nobody reads an earlier one's any more
+    draw_next();
     __syncthreads();
-    const int taken = item;
+  }
+  // By all threads, after a block barrier and before the next `draw_next`.
+  __device__ int take() const { return next(); }
+  // Before a block barrier: the next item is known after it, the one after that on its way.
+  __device__ void draw_next() {
+    if (threadIdx.x == 0) next() = drawn_;
     draw();
-    __syncthreads();  // all have read it
-    return taken;
   }
 
  private:
+  __device__ static int& next() {
+    __shared__ int item;
+    return item;
+  }
   __device__ void draw() {
     if (threadIdx.x == 0) drawn_ = given_ + static_cast<int>(add_relaxed_gpu(counter_, 1));
   }

@@ -3,6 +3,7 @@
 #pragma once
 #include "../kernels/dispatch_push.cuh"
 #include "launch.h"
+#include "put_messages.cuh"
 #include "rings.cuh"
 
 namespace jax_ep {
@@ -28,9 +29,14 @@ class Messages {
   __device__ void send(int block, int blocks) const {
     const int others = rings_.N - 1;
     for (int i = block; i < b_.chunks * others; i += blocks) {
-      const int node = rings_.node + 1 + i % others;
-      if (!send_chunk(i / others, node < rings_.N ? node : node - rings_.N)) return;
+      if (!send_chunk(i / others, node_of(i % others))) return;
     }
+  }
+
+  // Put block `block` of `blocks`.
+  __device__ void put(int block, int blocks) const {
+    put_messages(b_.op, rings_, q_.transport, q_.shape, b_.chunks, block, blocks,
+                 [&](int i) { return node_of(i); });
   }
 
   // Forward block `block` of `blocks`: chunk after chunk, of one node after the other.
@@ -40,12 +46,16 @@ class Messages {
     borrow_own(peers);
     const int others = rings_.N - 1;
     for (int i = block; i < b_.chunks * others; i += blocks) {
-      const int node = rings_.node + 1 + i % others;
-      if (!forward_chunk(peers, i / others, node < rings_.N ? node : node - rings_.N)) return;
+      if (!forward_chunk(peers, i / others, node_of(i % others))) return;
     }
   }
 
  private:
+  // The i-th node after mine.
+  __device__ int node_of(int i) const {
+    const int node = rings_.node + 1 + i;
+    return node < rings_.N ? node : node - rings_.N;
+  }
   __device__ int tokens_of(int chunk) const {
     return min_int(b_.chunk, p_.exchange.num_tokens - chunk * b_.chunk);
   }
@@ -79,10 +89,8 @@ class Messages {
     pack_rows(slot, tokens, first, count, node);
     const int rows = tokens.count();
     if (warp == 0) write_head(slot, rings_.stamp(turn), rows, tokens);
-    __syncthreads();  // the block's writes before the put
-    const Turn there = turn.of(rings_.node);
-    q_.transport.put_signal(rings_.rank_of(node), rings_.received(there, node), slot,
-                            q_.shape.bytes(rows), rings_.arrived(there), rings_.stamp(turn));
+    __syncthreads();  // the block's writes before the message is handed on
+    hand_to_put(rings_, turn);
     return true;
   }
 

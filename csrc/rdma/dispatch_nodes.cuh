@@ -6,8 +6,8 @@
 //       await room in d's ring        <--credit--   ...
 //       rows that d wants, once each,               await the message
 //       and where they go there                     per row: push it to its first row on each
-//         -> send slot -------- put, signal ------->  rank of this node that wants it
-//                                                   done[(n, l)][chunk] on every rank of this node
+//         -> send slot, packed                        rank of this node that wants it
+//     put blocks: packed messages, put, signal -->  done[(n, l)][chunk] on every rank of this node
 //                                                   credit -> (n, l)
 //     wire blocks: as in kernels/dispatch.cu, to the ranks of my node
 //     local blocks: the same, over the chunks of all other ranks
@@ -30,18 +30,20 @@ __device__ void dispatch_between_nodes(const WithTransport<NodeDispatch, Transpo
   const DispatchParams& p = q.dispatch;
   const Op op(p.call);
   const Rings rings(op, q.at);
-  const NodeRoles roles =
-      split_node_roles(gridDim.x, rings.L, p.wire_percent, q.send_percent, q.forward_percent);
+  const NodeRoles roles = split_node_roles(gridDim.x, rings.L, q.percent);
   const Body b{p, op, Roles{roles.wire, roles.local}, q.shape.chunk,
                ceil_div(p.exchange.num_tokens, q.shape.chunk)};
   if (!op.began_broken()) {
     const Messages<W, T, Transport> messages(q, b, rings);
-    const int send = blockIdx.x - roles.wire, forward = send - roles.send;
+    const int send = blockIdx.x - roles.wire, put = send - roles.send;
+    const int forward = put - roles.put;
     if (blockIdx.x == 0) lend_outputs(op);
     if (send < 0) {
       push_tokens<W, T>(b);
-    } else if (forward < 0) {
+    } else if (put < 0) {
       messages.send(send, roles.send);
+    } else if (forward < 0) {
+      messages.put(put, roles.put);
     } else if (forward < roles.forward) {
       messages.forward(forward, roles.forward);
     } else {

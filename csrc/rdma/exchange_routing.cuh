@@ -44,7 +44,8 @@ __device__ void put_words(const WithTransport<NodeRouting, Transport>& p, const 
   const uint64_t hello = reinterpret_cast<const char*>(mine.hello(parity, op.me)) - base;
   for (int i = blockIdx.x; i < others; i += gridDim.x) {
     const int r = (op.node_last() + i) % op.R;  // the ranks behind my node first
-    p.transport.put_signal(r, to, reinterpret_cast<const char*>(words), bytes, hello, tag);
+    p.transport.put_signal(Team::whole_block(), r, to, reinterpret_cast<const char*>(words), bytes,
+                           hello, tag);
   }
 }
 

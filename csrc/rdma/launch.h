@@ -19,16 +19,15 @@ struct NodeRouting {
 struct NodeDispatch {
   DispatchParams dispatch;
   RingLayout at;
-  MessageShape shape;  // from dispatch_message
-  // Of blocks, 0 for the default: split_node_roles.
-  int send_percent = 0, forward_percent = 0;
+  MessageShape shape;       // from dispatch_message
+  NodeShares percent = {};  // of blocks
 };
 
 struct NodeCombine {
   CombineParams combine;  // without `partials`
   RingLayout at;
   MessageShape shape;       // from combine_message
-  int gateway_percent = 0;  // of blocks, 0 for the default: split_combine_roles
+  NodeShares percent = {};  // of blocks
 };
 
 // What a kernel takes: one of these, and the network.

@@ -6,9 +6,9 @@
 // with the same l. A ring has `slots` slots, of `slot_bytes` each.
 //
 // Flags of rings are tags as the control block's are, with the number of a message in its ring,
-// from 1 on, in place of the epoch: a slot's `arrived` and `filled` with the operation's signature,
-// its `credit` and `emptied` with none. A message may take a slot when the last one there is
-// credited.
+// from 1 on, in place of the epoch: a slot's `packed`, `arrived` and `filled` with the operation's
+// signature, its `credit` and `emptied` with none. A message may take a slot when the last one
+// there is credited.
 #pragma once
 #include "../layout/control.h"
 #include "../plan/geometry.h"
@@ -28,13 +28,13 @@ struct RingCounters {
 
 // Offsets from the start of the control block.
 struct RingLayout {
-  uint64_t counters, words, arrived, credit, send, receive, filled, emptied, partials, scalars,
-      total;
+  uint64_t counters, words, packed, arrived, credit, send, receive, filled, emptied, partials,
+      scalars, total;
   uint64_t slot_bytes;
   uint32_t slots;
 };
 
-constexpr int kRingFields = 10;
+constexpr int kRingFields = 11;
 constexpr int kMostChunkTokens = 256;
 constexpr int kMostChunkPairs = 1024;
 constexpr int kChunksOfFew = 8, kFewTokens = 16;
@@ -46,6 +46,7 @@ constexpr void visit_rings(int nodes, int local_ranks, const RingSize& size, Vis
   const size_t ring = size_t(size.slots) * size.slot_bytes;
   visit("counters", "this rank", sizeof(RingCounters));
   visit("words", "this rank: its routing [parity][pair/2]", 2 * kMaxPairs / 2 * sizeof(uint64_t));
+  visit("packed", "this rank: messages to node n: packed[n][slot]", N * flags);
   visit("arrived", "rank of node n: arrived[n][slot]", N * flags);
   visit("credit", "rank of node n: credit[n][slot]", N * flags);
   visit("send", "this rank: messages [other node][slot]", (N - 1) * ring);
@@ -68,9 +69,19 @@ constexpr RingLayout ring_layout(int nodes, int local_ranks, const RingSize& siz
     end = round_up(end + bytes, 128);
     ++n;
   });
-  return {offsets[0],          offsets[1], offsets[2], offsets[3],
-          offsets[4],          offsets[5], offsets[6], offsets[7],
-          offsets[8],          offsets[9], end,        uint64_t(size.slot_bytes),
+  return {offsets[0],
+          offsets[1],
+          offsets[2],
+          offsets[3],
+          offsets[4],
+          offsets[5],
+          offsets[6],
+          offsets[7],
+          offsets[8],
+          offsets[9],
+          offsets[10],
+          end,
+          uint64_t(size.slot_bytes),
           uint32_t(size.slots)};
 }
 
@@ -149,51 +160,58 @@ inline int most_slot_bytes(const MessageShape& in_any_slot) {
 }
 
 // How the blocks of a launch share the roles between nodes: `wire` and `local` as inside a node,
-// the first and the last blocks, between them `send` and `forward`. Percent of blocks, the latter
-// two of those that are not `wire`; 0 for the default.
+// the first and the last blocks, between them `send`, `put` and `forward`.
 struct NodeRoles {
-  int wire, send, forward, local;
+  int wire, send, put, forward, local;
 };
 
-constexpr int kLeastDispatchBlocks = 4, kLeastCombineBlocks = 3;  // one for each role
-constexpr int kNodeWirePercent = 25, kSendPercent = 25, kForwardPercent = 38;
+// Percent of blocks, of which `wire` takes its share first; 0 for the default.
+struct NodeShares {
+  int wire = 0, send = 0, put = 0, forward = 0, gateway = 0;
+};
 
-JAX_EP_HD NodeRoles split_node_roles(int num_blocks, int local_ranks, int wire_percent,
-                                     int send_percent, int forward_percent) {
-  auto share = [](int blocks, int percent, int usual) {
-    return max_int(1, blocks * (percent > 0 ? percent : usual) / 100);
-  };
+constexpr int kLeastDispatchBlocks = 5, kLeastCombineBlocks = 4;  // one for each role
+constexpr int kNodeWirePercent = 25, kSendPercent = 30, kPutPercent = 12, kForwardPercent = 25;
+
+// At least one block, and at least `left` for others.
+JAX_EP_HD int share_of(int blocks, int percent, int usual, int left) {
+  return max_int(1, min_int(blocks - left, blocks * (percent > 0 ? percent : usual) / 100));
+}
+
+JAX_EP_HD NodeRoles split_node_roles(int num_blocks, int local_ranks, const NodeShares& percent) {
   NodeRoles r;
-  r.wire = local_ranks == 1 ? 0 : share(num_blocks - 3, wire_percent, kNodeWirePercent);
+  r.wire = local_ranks == 1 ? 0 : share_of(num_blocks, percent.wire, kNodeWirePercent, 4);
   const int others = num_blocks - r.wire;
-  r.send = min_int(share(others, send_percent, kSendPercent), others - 2);
-  r.forward = min_int(share(others, forward_percent, kForwardPercent), others - r.send - 1);
-  r.local = others - r.send - r.forward;
+  r.send = share_of(others, percent.send, kSendPercent, 3);
+  r.put = min_int(share_of(others, percent.put, kPutPercent, 3), others - r.send - 2);
+  r.forward =
+      min_int(share_of(others, percent.forward, kForwardPercent, 3), others - r.send - r.put - 1);
+  r.local = others - r.send - r.put - r.forward;
   return r;
 }
 
-// The same of a combine: blocks that make partials, sum a node's, and sum the nodes'. By what they
-// move, in rows of a token: each reads its rank's own, K / R about; and rows of all that may come.
-// `gateway_percent` of the blocks, or 0, sum a node's instead.
+// The same of a combine: blocks that make partials, sum a node's, put, and sum the nodes'. But for
+// those that put, by what they move, in rows of a token: each reads its rank's own, K / R about,
+// and rows of all that may come.
 struct CombineRoles {
-  int partial, gateway, reduce;
+  int partial, gateway, put, reduce;
 };
 
 JAX_EP_HD CombineRoles split_combine_roles(int num_blocks, int num_ranks, int local_ranks,
-                                           int top_k, int gateway_percent) {
+                                           int top_k, const NodeShares& percent) {
   const int N = num_ranks / local_ranks, L = local_ranks;
-  // In 1 / R of a row, and with one row for what an item costs before its first.
-  const int own = top_k + num_ranks, partials = (L - 1) * min_int(top_k, num_ranks);
-  const int partial = N * (L - 1) * (own + min_int(top_k, num_ranks));
-  const int gateway = (N - 1) * (own + partials + 3 * num_ranks);  // writes and sends a row
-  const int reduce = own + partials + N * num_ranks;
-  const int all = partial + gateway + reduce;
+  // In 1 / R of a row.
+  const int mine = top_k, partials = (L - 1) * min_int(top_k, num_ranks);
+  const int partial = N * (L - 1) * (mine + min_int(top_k, num_ranks));
+  const int gateway = (N - 1) * (mine + partials + num_ranks);
+  const int reduce = mine + partials + N * num_ranks;
+  const int usual = 100 * gateway / (gateway + reduce);
   CombineRoles r;
-  r.partial = L == 1 ? 0 : max_int(1, min_int(num_blocks - 2, num_blocks * partial / all));
-  const int wanted =
-      gateway_percent > 0 ? num_blocks * gateway_percent / 100 : num_blocks * gateway / all;
-  r.gateway = max_int(1, min_int(num_blocks - r.partial - 1, wanted));
-  r.reduce = num_blocks - r.partial - r.gateway;
+  r.put = share_of(num_blocks, percent.put, kPutPercent, 3);
+  const int others = num_blocks - r.put;
+  r.partial = L == 1 ? 0 : share_of(others, 100 * partial / (partial + gateway + reduce), 1, 2);
+  r.gateway = share_of(others - r.partial, percent.gateway, usual, 1);
+  r.reduce = others - r.partial - r.gateway;
   return r;
 }
 

@@ -11,14 +11,21 @@ struct Nvshmem {
   char* arena;  // my control block, in NVSHMEM's heap: an address there names every rank's
   RankElements of;
 
-  __device__ void put_signal(int rank, uint64_t to, const char* from, size_t bytes, uint64_t signal,
-                             uint64_t value) const {
-    char* const there = static_cast<char*>(nvshmem_ptr(arena, of.element[rank]));
-    if (there != nullptr) return put_signal_here(there, to, from, bytes, signal, value);
-    // What the block has written before the barrier, for a NIC that the host tells of the put.
-    if (threadIdx.x == 0) __threadfence_system();
-    nvshmemx_putmem_signal_nbi_block(arena + to, from, bytes, word(signal), value,
-                                     NVSHMEM_SIGNAL_SET, of.element[rank]);
+  __device__ void put_signal(const Team& team, int rank, uint64_t to, const char* from,
+                             size_t bytes, uint64_t signal, uint64_t value) const {
+    if (char* const there = static_cast<char*>(nvshmem_ptr(arena, of.element[rank]))) {
+      // NVSHMEM's own copy has fewer bytes in flight.
+      copy_by_team(team, there + to, from, 0, bytes);
+      team.sync();  // the team's stores before the signal, which publishes them
+      if (team.thread == 0) store_release_sys(reinterpret_cast<uint64_t*>(there + signal), value);
+      return;
+    }
+    if (team.thread >= 32) return;  // one warp is enough to tell a NIC
+    // What others have written before the barrier, for a NIC that the host tells of the put.
+    if (team.thread == 0) __threadfence_system();
+    __syncwarp();
+    nvshmemx_putmem_signal_nbi_warp(arena + to, from, bytes, word(signal), value,
+                                    NVSHMEM_SIGNAL_SET, of.element[rank]);
   }
   // Out of line: NVSHMEM's code for every way there is long.
   __device__ __noinline__ void put_signal_by_warp(int rank, uint64_t to, const char* from,
@@ -47,13 +54,6 @@ struct Nvshmem {
   }
 
  private:
-  // To an arena that this GPU addresses: NVSHMEM's own copy has fewer bytes in flight.
-  __device__ static void put_signal_here(char* there, uint64_t to, const char* from, size_t bytes,
-                                         uint64_t signal, uint64_t value) {
-    copy_by_block(there + to, from, 0, bytes);
-    __syncthreads();  // the block's stores before the signal, which publishes them
-    if (threadIdx.x == 0) store_release_sys(reinterpret_cast<uint64_t*>(there + signal), value);
-  }
   __device__ uint64_t* word(uint64_t offset) const {
     return reinterpret_cast<uint64_t*>(arena + offset);
   }

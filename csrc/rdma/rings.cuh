@@ -49,10 +49,12 @@ class Rings {
   }
 
   __device__ int rank_of(int n) const { return n * L + index; }
+  __device__ int other(int i) const { return i < node ? i : i + 1; }  // the i-th other node
   __device__ uint64_t stamp(const Turn& t) const { return make_stamp(op_.tag, t.number); }
   __device__ uint64_t credit(const Turn& t) const { return make_credit(op_.tag, t.number); }
 
   // Offsets, on every rank. Slots that node or rank `owner` receives into, of others.
+  __device__ uint64_t packed(const Turn& t) const { return at_.packed + flag(t); }
   __device__ uint64_t arrived(const Turn& t) const { return at_.arrived + flag(t); }
   __device__ uint64_t credited(const Turn& t) const { return at_.credit + flag(t); }
   __device__ uint64_t filled(const Turn& t) const { return at_.filled + flag(t); }

@@ -4,11 +4,11 @@
 // alike on all ranks: places are offsets from the start of a rank's control block.
 //
 //   struct Transport {
-//     // By all threads of a block, after a block barrier: `bytes` at `from`, in my arena, to
-//     // offset `to` of `rank`; then `value` to its word at offset `signal`. Returns before that:
-//     // `from` must stay as it is until the receiver has answered the signal.
-//     void put_signal(int rank, uint64_t to, const char* from, size_t bytes, uint64_t signal,
-//                     uint64_t value) const;
+//     // By all threads of a team, after a barrier of it: `bytes` at `from`, in my arena, to offset
+//     // `to` of `rank`; then `value` to its word at offset `signal`. Returns before that: `from`
+//     // must stay as it is until the receiver has answered the signal.
+//     void put_signal(const Team& team, int rank, uint64_t to, const char* from, size_t bytes,
+//                     uint64_t signal, uint64_t value) const;
 //     // The same by all lanes of a warp; `bytes` is a multiple of 16.
 //     void put_signal_by_warp(int rank, uint64_t to, const char* from, size_t bytes,
 //                             uint64_t signal, uint64_t value) const;
@@ -25,6 +25,7 @@
 // transport's: `Op::await` polls, in bounded time.
 #pragma once
 #include "../device/op.cuh"
+#include "block_copy.cuh"
 #include "layout.h"
 
 namespace jax_ep {

@@ -42,10 +42,9 @@ struct Case {
   int num_sms = 4;
   int wire_percent = 0;
   bool single_launch = false;
-  int ranks_per_node = 0;                                          // 0: one node
-  int send_percent = 0, forward_percent = 0, gateway_percent = 0;  // between nodes
-  std::vector<int> topk_idx;                                       // [R, T, K]
-  std::vector<Bytes> rows_in;                                      // [R][T, H]
+  int ranks_per_node = 0;      // 0: one node
+  std::vector<int> topk_idx;   // [R, T, K]
+  std::vector<Bytes> rows_in;  // [R][T, H]
   std::vector<std::vector<float>> scales_in, scalars_in;
 };
 

@@ -252,10 +252,12 @@ void messages_fit_their_slots() {
 void every_block_has_a_role_between_nodes() {
   for (int blocks = kLeastDispatchBlocks; blocks <= 200; ++blocks) {
     for (int local : {1, 2, 8}) {
-      for (int percent : {1, 25, 100}) {
-        const NodeRoles r = split_node_roles(blocks, local, percent, percent, percent);
-        EXPECT(r.wire + r.send + r.forward + r.local == blocks);
-        EXPECT((r.wire >= 1) == (local > 1) && r.send >= 1 && r.forward >= 1 && r.local >= 1);
+      for (int percent : {0, 1, 25, 100}) {
+        const NodeShares all{percent, percent, percent, percent, percent};
+        const NodeRoles r = split_node_roles(blocks, local, all);
+        EXPECT(r.wire + r.send + r.put + r.forward + r.local == blocks);
+        EXPECT((r.wire >= 1) == (local > 1) && r.send >= 1 && r.put >= 1);
+        EXPECT(r.forward >= 1 && r.local >= 1);
       }
     }
   }
@@ -263,9 +265,11 @@ void every_block_has_a_role_between_nodes() {
     for (const auto& [ranks, local] : {std::pair{2, 1}, {4, 2}, {16, 8}, {64, 8}, {64, 32}}) {
       for (int K : {1, 8, 32}) {
         for (int percent : {0, 1, 50, 100}) {
-          const CombineRoles r = split_combine_roles(blocks, ranks, local, K, percent);
-          EXPECT(r.partial + r.gateway + r.reduce == blocks);
-          EXPECT((r.partial >= 1) == (local > 1) && r.gateway >= 1 && r.reduce >= 1);
+          const NodeShares all{percent, percent, percent, percent, percent};
+          const CombineRoles r = split_combine_roles(blocks, ranks, local, K, all);
+          EXPECT(r.partial + r.gateway + r.put + r.reduce == blocks);
+          EXPECT((r.partial >= 1) == (local > 1) && r.gateway >= 1);
+          EXPECT(r.put >= 1 && r.reduce >= 1);
         }
       }
     }

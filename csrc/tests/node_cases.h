@@ -12,6 +12,7 @@ struct NodeCase {
   int nodes;
   RingSize rings;
   int blocks;
+  NodeShares percent = {};
 };
 
 // What combine gets, of all ranks.

@@ -144,12 +144,11 @@ inline NodeRouting routing_of(const Case& c, const RankArrays& a, const Peers& p
 }
 inline NodeDispatch dispatch_of(const Case& c, const RankArrays& a, const Peers& peers,
                                 const RingLayout& at) {
-  return {dispatch_params(c, a, peers), at, dispatch_shape(c, at.slot_bytes), c.send_percent,
-          c.forward_percent};
+  return {dispatch_params(c, a, peers), at, dispatch_shape(c, at.slot_bytes)};
 }
 inline NodeCombine combine_of(const Case& c, const RankArrays& a, const Peers& peers,
                               const RingLayout& at) {
-  return {combine_params(c, a, peers), at, combine_shape(c, at.slot_bytes), c.gateway_percent};
+  return {combine_params(c, a, peers), at, combine_shape(c, at.slot_bytes)};
 }
 
 }  // namespace jax_ep

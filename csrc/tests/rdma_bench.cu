@@ -4,9 +4,9 @@
 //
 //   rdma_bench [--nodes N] [--local L] [--devices D] [--tokens T] [--hidden H] [--top-k K]
 //              [--experts E] [--sms S] [--slots N] [--slot-bytes B] [--fp8] [--iterations I]
-//              [--send P] [--forward P] [--gateway P]
+//              [--send P] [--put P] [--forward P] [--gateway P]
 //
-// --send, --forward, --gateway: percent of blocks (rdma/layout.h). Medians of ten runs of I
+// --send, --put, --forward, --gateway: percent of blocks (rdma/layout.h). Medians of ten runs of I
 // operations in a row.
 #include <algorithm>
 
@@ -19,7 +19,7 @@ namespace {
 struct Options {
   int nodes = 2, local = 1, devices = 2, tokens = 4096, hidden = 7168, top_k = 8, experts = 256;
   int sms = 132, slots = 96, slot_bytes = 33 << 12, iterations = 20;  // as Rdma has them
-  int send = 0, forward = 0, gateway = 0;
+  NodeShares percent;
   bool fp8 = false;
 };
 
@@ -52,9 +52,7 @@ NodeCase make_case(const Options& o) {
     n.c.scalars_in.emplace_back(n.c.x.num_pairs(), 0.5f);
   }
   n.rings = {o.slots, o.slot_bytes};
-  n.c.send_percent = o.send;
-  n.c.forward_percent = o.forward;
-  n.c.gateway_percent = o.gateway;
+  n.percent = o.percent;
   return n;
 }
 
@@ -81,11 +79,11 @@ int run(const Options& o) {
   }
   std::printf(
       "%dx%d devices=%d T=%d H=%d K=%d E=%d %s sms=%d slots=%d slot_bytes=%d chunk=%d/%d "
-      "send=%d forward=%d gateway=%d: dispatch %.1f us, combine %.1f us\n",
+      "send=%d put=%d forward=%d gateway=%d: dispatch %.1f us, combine %.1f us\n",
       o.nodes, o.local, o.devices, o.tokens, o.hidden, o.top_k, o.experts, o.fp8 ? "fp8" : "bf16",
       o.sms, o.slots, n.rings.slot_bytes, dispatch_shape(n.c, n.rings.slot_bytes).chunk,
-      combine_shape(n.c, n.rings.slot_bytes).chunk, o.send, o.forward, o.gateway, dispatch,
-      combine);
+      combine_shape(n.c, n.rings.slot_bytes).chunk, o.percent.send, o.percent.put,
+      o.percent.forward, o.percent.gateway, dispatch, combine);
   return 0;
 }
 
@@ -105,9 +103,10 @@ int main(int argc, char** argv) {
                                            {"--sms", &o.sms},
                                            {"--slots", &o.slots},
                                            {"--slot-bytes", &o.slot_bytes},
-                                           {"--send", &o.send},
-                                           {"--forward", &o.forward},
-                                           {"--gateway", &o.gateway},
+                                           {"--send", &o.percent.send},
+                                           {"--put", &o.percent.put},
+                                           {"--forward", &o.percent.forward},
+                                           {"--gateway", &o.percent.gateway},
                                            {"--iterations", &o.iterations},
                                            {"--fp8", nullptr, &o.fp8}});
   if (!known) return 2;

@@ -12,13 +12,13 @@ struct PeerTransport {
   char* arena[kMaxRanks];
   uint32_t adverse;  // 0, or a seed
 
-  __device__ void put_signal(int rank, uint64_t to, const char* from, size_t bytes, uint64_t signal,
-                             uint64_t value) const {
+  __device__ void put_signal(const Team& team, int rank, uint64_t to, const char* from,
+                             size_t bytes, uint64_t signal, uint64_t value) const {
     put_torn(rank, bytes, value, [&](size_t first, size_t last) {
-      copy_by_block(arena[rank] + to, from, first, last);
+      copy_by_team(team, arena[rank] + to, from, first, last);
     });
-    __syncthreads();  // the block's stores before the signal
-    if (threadIdx.x == 0) this->signal(rank, signal, value);
+    team.sync();  // the team's stores before the signal
+    if (team.thread == 0) this->signal(rank, signal, value);
   }
   __device__ void put_signal_by_warp(int rank, uint64_t to, const char* from, size_t bytes,
                                      uint64_t signal, uint64_t value) const {

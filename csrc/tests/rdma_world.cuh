@@ -87,10 +87,12 @@ class RdmaWorld {
       require(launch_plan(&q, c_.x, how), "launch of plan");
     } else if (step == Step::kDispatch) {
       const Element x = c_.prequantized ? Element::kFp8 : c_.type;
-      const NodeDispatch p = dispatch_of(c_, a[r], peers_[r], rings_);
+      NodeDispatch p = dispatch_of(c_, a[r], peers_[r], rings_);
+      p.percent = n_.percent;
       require(launch_dispatch_over(p, transport_, x, c_.wire, how), "launch of dispatch");
     } else {
-      const NodeCombine p = combine_of(c_, a[r], peers_[r], rings_);
+      NodeCombine p = combine_of(c_, a[r], peers_[r], rings_);
+      p.percent = n_.percent;
       require(launch_combine_over(p, transport_, c_.type, how), "launch of combine");
     }
   }

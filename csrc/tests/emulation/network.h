@@ -114,9 +114,10 @@ struct EmulatedTransport {
   Network* network;
   int me;
 
-  void put_signal(int rank, uint64_t to, const char* from, size_t bytes, uint64_t signal,
-                  uint64_t value) const {
-    if (thread_index().x == 0) network->put(me, rank, to, from, bytes, signal, value);
+  template <typename Team>
+  void put_signal(const Team& team, int rank, uint64_t to, const char* from, size_t bytes,
+                  uint64_t signal, uint64_t value) const {
+    if (team.thread == 0) network->put(me, rank, to, from, bytes, signal, value);
   }
   void put_signal_by_warp(int rank, uint64_t to, const char* from, size_t bytes, uint64_t signal,
                           uint64_t value) const {
