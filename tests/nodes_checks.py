@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How nodes_program.py runs checks in step with the other processes."""
 
+import dataclasses
 import os
 import sys
 import time
@@ -33,15 +34,17 @@ class Checks:
         self.failed, self.done = [], 0
         self.rounds = 0  # of `agree` within a check
         self.configs = {
-            "expert": jax_ep.Config(decode_tokens=0, gpus_per_node=node_ranks, rdma=SMALL),
-            "timed": jax_ep.Config(decode_tokens=0, gpus_per_node=node_ranks),
-            "near": jax_ep.Config(decode_tokens=0),  # the same GPUs as one node
+            "expert": jax_ep.Config(gpus_per_node=node_ranks, rdma=SMALL),
+            "timed": jax_ep.Config(gpus_per_node=node_ranks),
+            "near": jax_ep.Config(),  # the same GPUs as one node
         }
         devices = np.array(jax.devices())
         self.meshes = {
             name: Mesh(devices, (name,), axis_types=(AxisType.Auto,)) for name in self.configs
         }
-        self.mesh, self.config = self.meshes["expert"], self.configs["expert"]
+        # Of operations: every batch is large, however small it is; or takes the path by its size.
+        self.mesh, self.by_size = self.meshes["expert"], self.configs["expert"]
+        self.config = dataclasses.replace(self.by_size, decode_tokens=0)
         self.R = len(devices)
         self.started: list[str] = []
 
@@ -98,13 +101,14 @@ class Checks:
         failed = f"{len(self.failed)} of {self.done} checks failed: {self.failed}"
         print(failed if self.failed else f"all {self.done} checks passed", flush=True)
 
-    def exchange(self, x, idx, weights, **options):
+    def exchange(self, x, idx, weights, config=None, halves=False, combine=None, **options):
         """dispatch and combine against the reference, bit for bit; three times, the second other."""
-        f, args = program(x, idx, weights, mesh=self.mesh, config=self.config, **options)
+        how_run = dict(config=config or self.config, halves=halves, combine=combine)
+        f, args = program(x, idx, weights, mesh=self.mesh, **how_run, **options)
         ready = self.compiled(f, *args)
         whole = options.pop("zero_tail", None)
         how: dict[str, Any] = dict(layout=options.get("layout", "ragged"), whole=whole or None)
-        by_node = dict(ranks_per_node=self.node_ranks)
+        by_node = dict(ranks_per_node=self.node_ranks) | (combine or {})
         want = reference(x, idx, weights, combine=by_node, **options)
         assert_matches(ready(*args), want, **how)
         other = np.roll(idx, 1, axis=1)

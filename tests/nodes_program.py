@@ -24,7 +24,8 @@ from cases import FP8, assert_same_bits, flat, inputs, program, put
 from jax import lax
 from jax.sharding import PartitionSpec as P
 from nodes_checks import E_LOCAL, TIMEOUT_S, Checks, raises
-from nodes_timing import timing
+from nodes_decode import decode
+from nodes_timing import timing, timing_decode
 
 import jax_ep
 from jax_ep import _ffi
@@ -138,13 +139,14 @@ def errors(checks: Checks):
         return functools.partial(raises, words, *[made[0], *made[1]])
 
     words = ["float8_e4m3fn", "between nodes"]
-    checks("combine in fp8", wrong(words, combine=dict(wire_dtype=FP8)))
-    small = jax_ep.Config(gpus_per_node=checks.node_ranks)
-    checks("small batch", wrong(["expected Config(decode_tokens=0)"], config=small))
-    checks("too small slots", wrong(["Rdma.ring_slot_bytes", "got 32768"], H=2**15))
+    checks("combine of a large batch in fp8", wrong(words, combine=dict(wire_dtype=FP8)))
+    checks("halves of a large batch", wrong(["is for small batches"], halves=True))
+    larger = dataclasses.replace(checks.by_size, decode_row_bytes=2**17)
+    checks("too small slots", wrong(["give jax_ep.initialize the Config"], H=2**15, config=larger))
+    checks("too small rings", wrong(["Rdma.ring_slot_bytes", "got 32768"], H=2**15))
 
     def config(words, **changes):
-        config = dataclasses.replace(checks.config, **changes)
+        config = dataclasses.replace(checks.by_size, **changes)
         raises(words, lambda: jax_ep.initialize(checks.mesh, "expert", config=config))
 
     checks("other nodes", lambda: config(["another gpus_per_node"], gpus_per_node=checks.R))
@@ -154,9 +156,14 @@ def errors(checks: Checks):
 
 
 def faults(checks: Checks):
+    a_late_rank(checks, checks.config, "")
+    a_late_rank(checks, checks.by_size, ", small batch")
+
+
+def a_late_rank(checks: Checks, config, label):
     E = E_LOCAL * checks.R
     x, idx, weights = inputs(97, R=checks.R, T=40, H=256, K=3, E=E, dtype="bfloat16")
-    options: dict[str, Any] = dict(num_experts=E, config=checks.config)
+    options: dict[str, Any] = dict(num_experts=E, config=config)
     f, args = program(x, idx, weights, mesh=checks.mesh, **options)
     ready = checks.compiled(f, *args)
 
@@ -174,10 +181,11 @@ def faults(checks: Checks):
         assert took < 2 * TIMEOUT_S, f"expected an error within {2 * TIMEOUT_S} s, took {took}"
         checks.agree("everybody has failed")
         print("   here:", _ffi.describe_faults(), flush=True)
-        jax_ep.initialize(checks.mesh, "expert", timeout_s=TIMEOUT_S, config=checks.config)
+        jax_ep.initialize(checks.mesh, "expert", timeout_s=TIMEOUT_S, config=checks.by_size)
 
-    checks("a late rank", late)
-    checks("after it", lambda: checks.exchange(x, idx, weights, num_experts=E))
+    checks(f"a late rank{label}", late)
+    after = dict(num_experts=E, config=config)
+    checks(f"after it{label}", lambda: checks.exchange(x, idx, weights, **after))
 
 
 def again(checks: Checks):
@@ -217,7 +225,7 @@ def killed(checks: Checks):
     ctypes.CDLL(None).exit(0)  # with NVSHMEM's handlers; JAX's own would wait for the dead process
 
 
-STEPS = (exchange, gradients, errors, timing, faults, again, killed)
+STEPS = (exchange, gradients, decode, errors, timing, timing_decode, faults, again, killed)
 
 
 def main():
@@ -234,10 +242,6 @@ def main():
     )
     began = time.monotonic()
     checks = Checks(args.gpus_per_node, args.tokens)
-    default = jax_ep.Config(gpus_per_node=args.gpus_per_node)
-    if jax.default_backend() == "gpu":  # on CPUs, without nodes, the program tries itself
-        small = lambda: jax_ep.initialize(checks.mesh, config=default)
-        checks("initialize with small batches", lambda: raises(["decode_tokens=0"], small))
     checks("initialize", lambda: checks.initialize("expert"))
     if "initialize" in checks.failed:
         sys.exit("not started")

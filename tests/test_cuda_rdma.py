@@ -62,6 +62,12 @@ def test_operations(tmp_path, num_nodes, node_ranks):
     assert status == 0 and all("checks passed" in log for log in logs), "\n".join(logs)
 
 
+@pytest.mark.parametrize("num_nodes, node_ranks", [(2, 1), (2, 2), (4, 2), (2, 4)])
+def test_small_batches(tmp_path, num_nodes, node_ranks):
+    status, logs = nodes(tmp_path, num_nodes, node_ranks, "decode")
+    assert status == 0 and all("checks passed" in log for log in logs), "\n".join(logs)
+
+
 def test_both_paths_at_full_size(tmp_path):
     status, logs = nodes(tmp_path, 2, 1, "timing")
     assert status == 0 and "timing ratio" in logs[0], "\n".join(logs)
