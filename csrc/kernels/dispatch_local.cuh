@@ -69,13 +69,18 @@ __device__ inline void zero_unowned(const Body& b) {
 }
 
 // One segment of a token of another rank: from the row that arrived to the token's other rows here.
-// Items go chunk by chunk over all sources, as they arrive. False: give up.
-template <Wire W, typename T>
+// Items go chunk by chunk over all sources, as they arrive. False: give up. kForwarded: nothing is
+// left to do of ranks of other nodes whose messages come here (rdma/dispatch_messages.cuh).
+template <Wire W, typename T, bool kForwarded>
 __device__ bool expand_arrived(const Body& b, const Cut& cut, int item, float* held) {
   const DispatchParams& p = b.p;
   const int others = b.op.R - 1, per_token = others * cut.segments;
   const int t = item / per_token, rest = item % per_token, segment = rest % cut.segments;
   const int source = (b.op.me + 1 + rest / cut.segments) % b.op.R;
+  if (kForwarded && !b.op.reaches(source)) {
+    const int L = b.op.call.peers.node_ranks;
+    if (source % L == b.op.me % L) return true;
+  }
   const Targets all = local_targets(p, size_t(source) * p.exchange.num_tokens + t);
   if (!await_chunk(b.op, t / b.chunk, source, source + 1)) return false;
   if (all.count == 0) return true;
@@ -97,7 +102,7 @@ __device__ bool expand_arrived(const Body& b, const Cut& cut, int item, float* h
 // busy until the peers' arrive. Rows that expand in place are read where they are written: they
 // take turns with own tokens after `kLead` chunks of those, while they are still in cache. Others
 // do not gain by it.
-template <Wire W, typename T>
+template <Wire W, typename T, bool kForwarded = false>
 __device__ void work_locally(const Body& b, float* held) {
   const DispatchParams& p = b.p;
   const int tokens = p.exchange.num_tokens, others = b.op.R - 1, warps = gridDim.x * kWarps;
@@ -120,7 +125,7 @@ __device__ void work_locally(const Body& b, float* held) {
     } else {
       const int at = chunk * arrived_items + item - own_in_turn;
       if (at >= tokens * others * arrived.segments) continue;
-      if (!expand_arrived<W, T>(b, arrived, at, held)) return;
+      if (!expand_arrived<W, T, kForwarded>(b, arrived, at, held)) return;
     }
   }
 }

@@ -43,7 +43,6 @@ class Messages {
   __device__ void forward(int block, int blocks) const {
     __shared__ Borrowed peers;
     if (!borrow_outputs(b_.op, peers)) return;
-    borrow_own(peers);
     const int others = rings_.N - 1;
     for (int i = block; i < b_.chunks * others; i += blocks) {
       if (!forward_chunk(peers, i / others, node_of(i % others))) return;
@@ -139,6 +138,7 @@ class Messages {
     push_rows(peers, slot, tokens.count());
     __syncthreads();  // the block's pushes before the flags, its reads before the credit
     for (int p = b_.op.node_first() + threadIdx.x; p < b_.op.node_last(); p += blockDim.x) {
+      if (p == b_.op.me) continue;
       store_release_sys(b_.op.block(p).done(source, chunk), b_.op.tag);  // publishes the chunk
     }
     if (threadIdx.x == 0) {
@@ -148,7 +148,8 @@ class Messages {
     return true;
   }
 
-  // Each row that has arrived to its first row on every rank of my node that has one, by pieces.
+  // Each row that has arrived to all its rows here, and to its first row on every other rank of my
+  // node that has one, by pieces.
   __device__ void push_rows(const Borrowed& peers, const char* slot, int rows) const {
     const int K = p_.exchange.top_k, values = travelling_values<W>(p_);
     const int vecs = values / int(sizeof(Vec)), lane = lane_id();
@@ -165,29 +166,75 @@ class Messages {
             load_arrived(reinterpret_cast<const uint32_t*>(scalars(slot)) + row * K + lane));
       }
       const bool wanted = place.row >= 0 && b_.op.reaches(place.rank);
-      const bool with_scalar = segment == 0 && p_.scalars != nullptr;
-      Targets to =
-          targets_of(b_, peers, wanted, place.rank, place.row, with_scalar ? &scalar : nullptr);
-      // Delivered as T: the scales travel behind the values, inside the row's place.
-      if (W == Wire::kDequantized) to.scales = reinterpret_cast<float*>(to.row + p_.hidden);
+      const float* given = segment == 0 && p_.scalars != nullptr ? &scalar : nullptr;
       const char* from = slot + q_.shape.rows_at() + size_t(row) * q_.shape.row_bytes;
-      const int begin = segment * cut.segment_vecs;
-      copy_row<true>(from, to, begin, min_int(begin + cut.segment_vecs, vecs));
+      const int begin = segment * cut.segment_vecs, end = min_int(begin + cut.segment_vecs, vecs);
+      const bool mine = wanted && place.rank == b_.op.me;
+      Targets to = targets_of(b_, peers, wanted && !mine, place.rank, place.row, given);
+      // Delivered as T, mine are written as such, and others' travel on as they have come, with
+      // the scales behind the values, inside the row's place.
+      if (W == Wire::kDequantized) {
+        to.scales = reinterpret_cast<float*>(to.row + p_.hidden);
+      } else {
+        add_mine(to, mine, place.row, given);
+      }
+      copy_row<true>(from, to, begin, end);
       if (segment == 0 && has_scales<W>(p_)) {
         copy_scales(reinterpret_cast<const float*>(from + values), to, p_.hidden / kScaleBlock);
+      }
+      if constexpr (W == Wire::kDequantized) {
+        Targets here;
+        add_mine(here, mine, place.row, given);
+        dequantize_piece(from, here, begin, end);
       }
     }
   }
 
-  // What a peer's lease would say of my own outputs.
-  __device__ void borrow_own(Borrowed& peers) const {
-    if (threadIdx.x == 0) {
-      char* const own[] = {p_.rows, reinterpret_cast<char*>(p_.row_scales),
-                           reinterpret_cast<char*>(p_.row_scalars)};
-      for (int i = 0; i < kMaxOutputs; ++i) peers.output[b_.op.me][i] = own[i];
-      peers.bytes[b_.op.me][kRows] = uint64_t(p_.exchange.num_rows) * p_.row_bytes;
+  // A target for each row of mine, and its scalar to the row: each lane has one, if it is `mine`.
+  __device__ void add_mine(Targets& to, bool mine, int row, const float* scalar) const {
+    if (mine && row >= p_.exchange.num_rows) {
+      b_.op.fail(Fault::kBounds, Phase::kRows, b_.op.me, row, p_.exchange.num_rows);
+      mine = false;
     }
-    __syncthreads();
+    if (mine && scalar != nullptr) p_.row_scalars[row] = *scalar;
+    for (unsigned todo = __ballot_sync(kAllLanes, mine); todo != 0; todo &= todo - 1) {
+      const int r = __shfl_sync(kAllLanes, row, __ffs(todo) - 1);
+      if (lane_id() == to.count) {
+        to.row = p_.rows + size_t(r) * p_.row_bytes;
+        to.scales = p_.row_scales + size_t(r) * (p_.hidden / kScaleBlock);
+      }
+      ++to.count;
+    }
+  }
+
+  // Vecs [first, last) of a row as it travels, back to T in every target.
+  __device__ void dequantize_piece(const char* from, const Targets& to, int first, int last) const {
+    constexpr int kCount = Pack<T>::kCount, kLanes = kScaleBlock / kCount;
+    constexpr int kWords = sizeof(Vec) / kCount;  // of a Vec
+    using Word = typename Fp8<T>::Word;
+    const auto* words = reinterpret_cast<const Word*>(from);
+    const auto* scales = reinterpret_cast<const uint32_t*>(from + p_.hidden);
+    const int end = last * kWords;
+    for (int base = first * kWords; base < end; base += 32 * kBatch) {
+      Fp8<T> q[kBatch];
+      float scale[kBatch];
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int at = base + j * 32 + lane_id();
+        if (at >= end) continue;
+        q[j].word = load_arrived(words + at);
+        scale[j] = __uint_as_float(load_arrived(scales + at / kLanes));
+      }
+#pragma unroll
+      for (int j = 0; j < kBatch; ++j) {
+        const int at = base + j * 32 + lane_id();
+        const Vec back = at < end ? dequantize(q[j], scale[j]).vec : Vec{};
+        for (int i = 0; i < to.count; ++i) {
+          auto* target = reinterpret_cast<Vec*>(of_lane(to.row, i));
+          if (at < end) store_row(target + at, back);
+        }
+      }
+    }
   }
 
   __device__ Place* places(const char* slot) const {

@@ -5,9 +5,10 @@
 //     send blocks, per (chunk, node d):           forward blocks, per (chunk, node n):
 //       await room in d's ring        <--credit--   ...
 //       rows that d wants, once each,               await the message
-//       and where they go there                     per row: push it to its first row on each
-//         -> send slot, packed                        rank of this node that wants it
-//     put blocks: packed messages, put, signal -->  done[(n, l)][chunk] on every rank of this node
+//       and where they go there                     per row: store it to all its rows here, push
+//         -> send slot, packed                        it to its first row on each other rank of
+//     put blocks: packed messages, put, signal -->    this node that wants it
+//                                                   done[(n, l)][chunk] on these ranks
 //                                                   credit -> (n, l)
 //     wire blocks: as in kernels/dispatch.cu, to the ranks of my node
 //     local blocks: the same, over the chunks of all other ranks
@@ -49,7 +50,7 @@ __device__ void dispatch_between_nodes(const WithTransport<NodeDispatch, Transpo
     } else {
       zero_unowned(b);
     }
-    work_locally<W, T>(b, held + threadIdx.x / 32 * (p.hidden / kScaleBlock));
+    work_locally<W, T, true>(b, held + threadIdx.x / 32 * (p.hidden / kScaleBlock));
   }
   op.leave(
       [&] {
