@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
     connect()
     devices = jax.devices()
     mesh = Mesh(np.array(devices), ("expert",), axis_types=(AxisType.Auto,))
-    config = jax_ep.Config(decode_tokens=0, gpus_per_node=args.gpus_per_node)
+    config = jax_ep.Config(gpus_per_node=args.gpus_per_node)
     if args.implementation != "xla":
         jax_ep.initialize(mesh, config=config)
     say(f"{len(devices)} ranks in {jax.process_count()} processes, {devices[0].device_kind}")

@@ -53,7 +53,7 @@ def test_results_and_faults(nodes_test, options):
         ["--faults"],
         ["--ranks", "2", "--local", "1", "--cases", "6"],
         ["--ranks", "4", "--local", "2", "--cases", "1"],
-        ["--ranks", "2", "--local", "1", "--faults"],
+        ["--ranks", "2", "--local", "1", "--faults", "--seed", "3"],
     ],
     ids=["exchange", "faults", "two nodes", "two nodes of two", "faults of two nodes"],
 )

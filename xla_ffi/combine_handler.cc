@@ -53,8 +53,8 @@ ffi::Error combine(cudaStream_t stream, const Attributes& a, bool has_rows, bool
   if (const Nodes* nodes = member.group->nodes()) {
     if (fp8) {
       checker.fail(
-          "wire_dtype: expected None in a combine between nodes, whose partial sums "
-          "travel in y's type, got float8_e4m3fn");
+          "wire_dtype: expected None between nodes in a combine that is not of a small batch, "
+          "whose partial sums travel in y's type, got float8_e4m3fn");
       return checker.error();
     }
     const NodeCombine q{p, nodes->at,
