@@ -178,7 +178,7 @@ def combine(
         weights: float32, one per row (`Dispatched.weights`); None adds the rows as they are.
         wire_dtype: `jnp.float8_e4m3fn` to quantise, one scale per 128 channels, every rank's sum
             on its way to another rank (docs/decode.md has the error). Gradients pass straight
-            through.
+            through. On CUDA, where a group spans nodes, small batches only.
         scale_format: "float32", or "e8m0" for scales that are powers of two.
 
     Returns:
