@@ -27,7 +27,7 @@
 
 namespace jax_ep {
 
-constexpr int kRowsInFlight = 4;  // rows whose loads a thread has issued
+constexpr int kHeldRowsInFlight = 4;  // rows whose loads a thread has issued
 
 struct PartialTask {
   int n, vec;  // the n-th token, this lane's vector of it
@@ -96,17 +96,17 @@ __device__ Pack<T> partial_of(const SlotCombineParams& p, const SlotCombineSizes
   const int count = __popc(__ballot_sync(kAllLanes, rows.row >= 0));
   const auto* y = reinterpret_cast<const Vec*>(p.y) + vec;
 #pragma unroll 1
-  for (int base = 0; base < count; base += kRowsInFlight) {
-    Vec v[kRowsInFlight];
+  for (int base = 0; base < count; base += kHeldRowsInFlight) {
+    Vec v[kHeldRowsInFlight];
 #pragma unroll
-    for (int j = 0; j < kRowsInFlight; ++j) {
+    for (int j = 0; j < kHeldRowsInFlight; ++j) {
       const int row = __shfl_sync(kAllLanes, rows.row, base + j);
       v[j] = Vec{};
       const bool has_row = base + j < count && row >= 0;
       if (has_row && vec < sizes.vecs) v[j] = load_input(y + size_t(row) * sizes.vecs);
     }
 #pragma unroll
-    for (int j = 0; j < kRowsInFlight; ++j) {
+    for (int j = 0; j < kHeldRowsInFlight; ++j) {
       const float weight = __shfl_sync(kAllLanes, rows.weight, base + j);
       if (base + j < count) sum.add(v[j], p.weights != nullptr, weight);
     }

@@ -14,7 +14,7 @@ inline int row_bytes_of(const Case& c) {
 }
 
 struct RankArrays {
-  int32_t *topk_idx, *scratch;
+  int32_t *topk_idx, *scratch, *tickets;  // of starts, by SlotKind
   PlanArrays plan;
   char *x, *rows, *y, *out;
   float *scales, *scalars, *row_scales, *row_scalars, *weights, *scalars_out;
@@ -27,6 +27,7 @@ struct RankArrays {
     const size_t H = c.hidden, S = H / kScaleBlock, row = H * size_of(c.type);
     visit(topk_idx, pairs);
     visit(scratch, PlanSizes::table_words(e));
+    visit(tickets, size_t(2));
     visit(plan.pair_rank, pairs);
     visit(plan.pair_row, pairs);
     visit(plan.row_pair, rows_);

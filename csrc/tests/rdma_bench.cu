@@ -74,6 +74,12 @@ int run(const Options& o) {
   w.wait(60);
   const double dispatch = median_us(w, Step::kDispatch, o.iterations);
   const double combine = median_us(w, Step::kCombine, o.iterations);
+  if (slots_for(n.c).tokens > 0) {
+    const double small_dispatch = median_us(w, Step::kSmallDispatch, o.iterations);
+    const double small_combine = median_us(w, Step::kSmallCombine, o.iterations);
+    std::printf("through slots: dispatch with plan %.1f us, combine %.1f us\n", small_dispatch,
+                small_combine);
+  }
   for (int r = 0; r < n.c.x.num_ranks; ++r) {
     if (w.records[r].fault != 0) throw std::runtime_error("an operation failed");
   }

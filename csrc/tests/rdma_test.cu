@@ -6,7 +6,8 @@
 //             [--replays N] [--faults]
 //
 // Rank r runs on device r % D, each rank on its own stream. Each case also runs as a CUDA graph of
-// each rank, replayed `--replays` times. --faults: absent ranks instead.
+// each rank, replayed `--replays` times, and through slots, if it fits, whole and in halves.
+// --faults: absent ranks instead.
 #include <cstdlib>
 
 #include "node_checks.h"
@@ -31,7 +32,14 @@ void expect_plan(const RdmaWorld& w, const char* name, int r, const int* got,
   expect_same(name, r, w.host(r, got, count).data(), want);
 }
 
-void check(const RdmaWorld& w, const Case& c, const HostPlan& plan, const Results& results) {
+// The operations of each way between nodes.
+const std::vector<Step> kLarge = {Step::kPlan, Step::kDispatch, Step::kCombine},
+                        kSmall = {Step::kSmallDispatch, Step::kSmallCombine},
+                        kHalves = {Step::kDispatchStart, Step::kDispatchDone, Step::kCombineStart,
+                                   Step::kCombineDone};
+
+void check(const RdmaWorld& w, const Case& c, const HostPlan& plan, const Results& results,
+           bool scalars) {
   const size_t rows = c.x.num_rows, pairs = c.x.num_pairs(), R = c.x.num_ranks;
   const size_t row = c.hidden * size_of(c.type), scales = c.hidden / kScaleBlock;
   for (int r = 0; r < int(R); ++r) {
@@ -42,16 +50,19 @@ void check(const RdmaWorld& w, const Case& c, const HostPlan& plan, const Result
     check_dispatch(c, plan, r, w.host(r, a.rows, rows * row_bytes_of(c)).data(),
                    w.host(r, a.row_scales, rows * scales).data(),
                    w.host(r, a.row_scalars, rows).data());
-    check_combine(c, plan, results, r, w.host(r, a.out, c.x.num_tokens * row).data(),
-                  w.host(r, a.scalars_out, pairs).data());
+    expect_same("combined", r, w.host(r, a.out, c.x.num_tokens * row).data(),
+                host_combine(c, plan, results.y, results.weights, r));
+    if (scalars && c.weights) {
+      check_scalars(c, plan, results, r, w.host(r, a.scalars_out, pairs).data());
+    }
     check_no_fault(w.records[r]);
   }
 }
 
-void exchange(const NodeCase& n, NodeCases& cases, const Options& o, uint32_t adverse) {
+void exchange(const NodeCase& n, const Results& results, const Options& o, uint32_t adverse,
+              const std::vector<Step>& steps) {
   const Case& c = n.c;
   const HostPlan plan = host_plan(c.x, c.topk_idx);
-  const Results results = cases.pick_results(c);
   RdmaWorld w(n, o.devices, kDeadline / 2, adverse);
   auto prepare = [&] {
     for (int r = 0; r < c.x.num_ranks; ++r) {
@@ -61,12 +72,11 @@ void exchange(const NodeCase& n, NodeCases& cases, const Options& o, uint32_t ad
       RdmaWorld::copy_in(w.a[r].weights, results.weights[r].data(), results.weights[r].size() * 4);
     }
   };
-  const std::vector<Step> steps = {Step::kPlan, Step::kDispatch, Step::kCombine};
   for (bool as_graph : {false, true}) {
     prepare();
     for (int i = 0; i < (as_graph ? o.replays : 2); ++i) w.issue_all(steps, as_graph);
     w.wait(kDeadline);
-    check(w, c, plan, results);
+    check(w, c, plan, results, &steps == &kLarge);
   }
 }
 
@@ -80,7 +90,11 @@ int run(const Options& o) {
     const NodeCase n = cases.next(nodes, local);
     const int before = failures;
     if (i % 10 == 0) std::printf("case %d\n", i);
-    exchange(n, cases, o, i % 3 == 0 ? 0 : o.seed * 1000 + i);
+    const Results results = cases.pick_results(n.c);
+    for (const auto* steps : {&kLarge, &kSmall, &kHalves}) {
+      if (steps != &kLarge && slots_for(n.c).tokens == 0) continue;
+      exchange(n, results, o, i % 3 == 0 ? 0 : o.seed * 1000 + i, *steps);
+    }
     if (failures != before) describe(i, n);
   }
   std::printf("%d cases, %d differences\n", o.cases, failures);
@@ -89,11 +103,11 @@ int run(const Options& o) {
 
 // The last rank stays away from one step. The others give up in bounded time, and their rows or
 // sums are NaN.
-void a_rank_is_absent(const NodeCase& n, int devices, size_t missing) {
+void a_rank_is_absent(const NodeCase& n, int devices, const std::vector<Step>& steps,
+                      size_t missing) {
   constexpr double kTimeout = 0.5;
   const Case& c = n.c;
   RdmaWorld w(n, devices, kTimeout, 0);
-  const std::vector<Step> steps = {Step::kPlan, Step::kDispatch, Step::kCombine};
   for (size_t i = 0; i < missing; ++i) {
     w.issue_all({steps[i]});
     w.wait(kDeadline);
@@ -108,7 +122,8 @@ void a_rank_is_absent(const NodeCase& n, int devices, size_t missing) {
     timed_out |= f.fault == static_cast<uint32_t>(Fault::kTimeout);
     const size_t out = size_t(c.x.num_tokens) * c.hidden * size_of(c.type);
     const size_t rows = size_t(c.x.num_rows) * row_bytes_of(c);
-    const Bytes got = missing == 2 ? w.host(r, w.a[r].out, out) : w.host(r, w.a[r].rows, rows);
+    const Bytes got =
+        missing + 1 == steps.size() ? w.host(r, w.a[r].out, out) : w.host(r, w.a[r].rows, rows);
     EXPECT(std::all_of(got.begin(), got.end(), [](char byte) { return byte == char(0xff); }));
   }
   EXPECT(timed_out);
@@ -118,7 +133,11 @@ int run_faults(const Options& o) {
   NodeCases cases(o.seed, o.tokens, o.slots);
   for (const auto& [nodes, local] : {std::pair{2, 1}, {2, 2}, {4, 2}}) {
     const NodeCase n = cases.next(nodes, local);
-    for (size_t missing = 0; missing < 3; ++missing) a_rank_is_absent(n, o.devices, missing);
+    for (const auto* steps : {&kLarge, &kSmall}) {
+      for (size_t missing = 0; missing < steps->size(); ++missing) {
+        a_rank_is_absent(n, o.devices, *steps, missing);
+      }
+    }
   }
   std::printf("absent ranks: %d failures\n", failures);
   return failures != 0;

@@ -8,10 +8,13 @@
 #include <string>
 
 #include "../rdma/launch.cuh"
+#include "../rdma/slot_combine_nodes.cuh"
+#include "../rdma/slot_dispatch_nodes.cuh"
 #include "../runtime/group.h"
 #include "node_cases.h"
 #include "rdma_transport.cuh"
 #include "replay.h"
+#include "slot_params.h"
 
 namespace jax_ep {
 
@@ -23,8 +26,34 @@ extern template cudaError_t launch_dispatch_over(const NodeDispatch&, const Peer
 extern template cudaError_t launch_combine_over(const NodeCombine&, const PeerTransport&, Element,
                                                 const Launch&);
 extern template cudaError_t load_kernels_over<PeerTransport>();
+extern template cudaError_t launch_slot_dispatch_over(const SlotDispatchParams&,
+                                                      const PeerTransport&, Element, Wire,
+                                                      const Launch&);
+extern template cudaError_t launch_slot_combine_over(const SlotCombineParams&, const PeerTransport&,
+                                                     Element, const Launch&);
+extern template cudaError_t load_slot_dispatch_over<PeerTransport>();
+extern template cudaError_t load_slot_combine_over<PeerTransport>();
 
-enum class Step { kPlan, kDispatch, kCombine };
+// From kSmallDispatch on: through slots.
+enum class Step {
+  kPlan,
+  kDispatch,
+  kCombine,
+  kSmallDispatch,
+  kSmallCombine,
+  kDispatchStart,
+  kDispatchDone,
+  kCombineStart,
+  kCombineDone
+};
+
+// What small batches of a case take; nothing, if it is too large for them.
+inline SlotSize slots_for(const Case& c) {
+  const Exchange& x = c.x;
+  const bool fits =
+      x.num_ranks * x.num_pairs() <= kMaxSlotPairs && x.num_experts <= kMaxSlotExperts;
+  return fits ? SlotSize{x.num_tokens, c.hidden * int(size_of(c.type))} : SlotSize{};
+}
 
 class RdmaWorld {
  public:
@@ -35,7 +64,9 @@ class RdmaWorld {
         R_(n.c.x.num_ranks),
         devices_(devices),
         at_(control_layout(R_)),
-        rings_(ring_layout(n.nodes, c_.ranks_per_node, n.rings, at_.total)) {
+        slots_(slots_for(c_)),
+        rings_(ring_layout(n.nodes, c_.ranks_per_node, n.rings,
+                           at_.total + slot_bytes(R_, slots_) + outbox_bytes(R_, slots_))) {
     transport_.adverse = adverse;
     require(cudaHostAlloc(&records, R_ * sizeof(FaultRecord), cudaHostAllocPortable),
             "cudaHostAlloc");
@@ -53,6 +84,7 @@ class RdmaWorld {
     }
     for (int r = 0; r < R_; ++r) {
       peers_.push_back(node_peers(c_, r, transport_.arena));
+      peers_.back().slots = slot_layout(slots_);
       RankArrays arrays{};
       arrays.for_each(c_, [&](auto*& pointer, size_t count) {
         pointer = static_cast<std::remove_reference_t<decltype(pointer)>>(
@@ -80,7 +112,9 @@ class RdmaWorld {
   void issue(int r, Step step) {
     require(cudaSetDevice(r % devices_), "cudaSetDevice");
     const Launch how{n_.blocks, streams_[r], 0};
-    if (step == Step::kPlan) {
+    if (step >= Step::kSmallDispatch) {
+      issue_small(r, step, how);
+    } else if (step == Step::kPlan) {
       const NodeRouting p = routing_of(c_, a[r], peers_[r], rings_);
       const PlanParams q = plan_params(c_, a[r], peers_[r]);
       require(launch_routing_over(p, transport_, how), "launch of routing");
@@ -153,6 +187,22 @@ class RdmaWorld {
   FaultRecord* records = nullptr;
 
  private:
+  void issue_small(int r, Step step, const Launch& how) {
+    const bool starts = step == Step::kDispatchStart || step == Step::kCombineStart;
+    const bool ends = step == Step::kDispatchDone || step == Step::kCombineDone;
+    const Half half = starts ? Half::kStart : ends ? Half::kDone : Half::kBoth;
+    if (step == Step::kSmallCombine || step == Step::kCombineStart || step == Step::kCombineDone) {
+      const Call call = slot_call(peers_[r], SlotKind::kCombine, half);
+      const SlotCombineParams p = slot_combine_params(c_, a[r], call, half);
+      require(launch_slot_combine_over(p, transport_, c_.type, how), "launch of a small combine");
+    } else {
+      const Call call = slot_call(peers_[r], SlotKind::kDispatch, half);
+      const SlotDispatchParams p = slot_dispatch_params(c_, a[r], call, half);
+      const Element x = c_.prequantized ? Element::kFp8 : c_.type;
+      require(launch_slot_dispatch_over(p, transport_, x, c_.wire, how),
+              "launch of a small dispatch");
+    }
+  }
   void* allocate(int r, size_t bytes, int value) {
     void* p = nullptr;
     require(cudaSetDevice(r % devices_), "cudaSetDevice");
@@ -167,6 +217,7 @@ class RdmaWorld {
   const Case& c_;
   const int R_, devices_;
   const ControlLayout at_;
+  const SlotSize slots_;
   const RingLayout rings_;
   PeerTransport transport_{};
   std::vector<Peers> peers_;
@@ -184,6 +235,8 @@ inline void prepare_devices(int devices) {
     }
     require(load_plan(), "loading the plan kernel");
     require(load_kernels_over<PeerTransport>(), "loading the kernels between nodes");
+    require(load_slot_dispatch_over<PeerTransport>(), "loading those of small batches");
+    require(load_slot_combine_over<PeerTransport>(), "loading those of small batches");
   }
 }
 

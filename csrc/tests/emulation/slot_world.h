@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "../node_checks.h"
+#include "../slot_params.h"
 #include "network.h"
 #include "weak_memory.h"
 
@@ -17,7 +18,6 @@ struct SlotExchange {
   HostPlan plan;
   Results results;
   std::vector<RankArrays> a;
-  std::vector<std::vector<int32_t>> tickets;  // [rank][kind]
   bool is_combined = false;
 };
 
@@ -71,10 +71,9 @@ class SlotWorld {
 
   // `results`: what the experts make of it. Inputs are the case's, all other arrays ones.
   size_t add(const Case& c, const Results& results) {
-    exchanges_.push_back({c, host_plan(c.x, c.topk_idx), results, {}, {}, false});
+    exchanges_.push_back({c, host_plan(c.x, c.topk_idx), results, {}, false});
     SlotExchange& e = exchanges_.back();
     for (int r = 0; r < R_; ++r) e.a.push_back(arrays(e, r));
-    e.tickets.assign(R_, {0, 0});
     return exchanges_.size() - 1;
   }
   void issue(int r, const Step& step) {
@@ -84,7 +83,7 @@ class SlotWorld {
     const Launch how{c.num_sms, stream, 0};
     const emulation::EmulatedTransport transport{&network, r};
     if (step.kind == SlotKind::kDispatch) {
-      const SlotDispatchParams p = dispatch_params(e, r, step);
+      const SlotDispatchParams p = slot_dispatch_params(c, e.a[r], call(r, step), step.half);
       const Element x = c.prequantized ? Element::kFp8 : c.type;
       if (layout_.spans_nodes()) {
         launch_slot_dispatch_between_nodes(p, transport, x, c.wire, how);
@@ -92,7 +91,7 @@ class SlotWorld {
         launch_slot_dispatch(&p, c.x, x, c.wire, c.hidden, how);
       }
     } else {
-      const SlotCombineParams p = combine_params(e, r, step);
+      const SlotCombineParams p = slot_combine_params(c, e.a[r], call(r, step), step.half);
       if (layout_.spans_nodes()) {
         launch_slot_combine_between_nodes(p, transport, c.type, how);
       } else {
@@ -140,8 +139,7 @@ class SlotWorld {
     return homes;
   }
   Call call(int r, const Step& step) const {
-    Call call{};
-    Peers& p = call.peers;
+    Peers p{};
     p.at = at_;
     p.slots = slot_layout(slots_);
     p.rank = r;
@@ -151,56 +149,9 @@ class SlotWorld {
     for (int s = p.node_first; s < p.node_first + p.node_ranks; ++s) {
       p.control[s] = memory.seen_by(r, s);
     }
-    const bool is_dispatch = step.kind == SlotKind::kDispatch;
-    const Operation whole = is_dispatch ? Operation::kDispatch : Operation::kCombine;
-    call.operation = whole;
-    if (step.half == Half::kStart)
-      call.operation = is_dispatch ? Operation::kDispatchStart : Operation::kCombineStart;
-    if (step.half == Half::kDone)
-      call.operation = is_dispatch ? Operation::kDispatchDone : Operation::kCombineDone;
-    call.signature = 16 * uint32_t(step.exchange + 1) + uint32_t(whole) + (r == mistaken ? 8 : 0);
+    Call call = slot_call(p, step.kind, step.half);
+    call.signature += 16 * uint32_t(step.exchange + 1) + (r == mistaken ? 8 : 0);
     return call;
-  }
-  SlotDispatchParams dispatch_params(SlotExchange& e, int r, const Step& step) {
-    const Case& c = e.c;
-    const RankArrays& a = e.a[r];
-    SlotDispatchParams p{};
-    p.call = call(r, step);
-    p.exchange = c.x;
-    p.half = step.half;
-    p.hidden = c.hidden;
-    p.row_bytes = row_bytes_of(c);
-    p.zero_tail = c.zero_tail;
-    p.power_of_two_scales = c.power_of_two;
-    p.x = a.x;
-    p.scales = c.prequantized ? a.scales : nullptr;
-    p.scalars = c.weights ? a.scalars : nullptr;
-    p.topk_idx = a.topk_idx;
-    p.started = p.ticket = &e.tickets[r][0];
-    p.plan = a.plan;
-    p.rows = a.rows;
-    p.row_scales = delivers_scales(c) ? a.row_scales : nullptr;
-    p.row_scalars = c.weights ? a.row_scalars : nullptr;
-    return p;
-  }
-  SlotCombineParams combine_params(SlotExchange& e, int r, const Step& step) {
-    const Case& c = e.c;
-    const RankArrays& a = e.a[r];
-    SlotCombineParams p{};
-    p.call = call(r, step);
-    p.exchange = c.x;
-    p.half = step.half;
-    p.hidden = c.hidden;
-    p.quantized = c.quantized_partials;
-    p.power_of_two_scales = c.power_of_two;
-    p.y = a.y;
-    p.weights = c.weights ? a.weights : nullptr;
-    p.pair_rank = a.plan.pair_rank;
-    p.pair_row = a.plan.pair_row;
-    p.token_rows = a.plan.token_rows;
-    p.started = p.ticket = &e.tickets[r][1];
-    p.out = a.out;
-    return p;
   }
 
   RankArrays arrays(const SlotExchange& e, int r) {
