@@ -119,6 +119,22 @@ class Checks:
         assert_matches(later[0], want, **how)
 
 
+def to_first_node(checks: Checks, x, idx):
+    """All choices name experts there."""
+    return x, np.where(idx < 0, idx, idx % (E_LOCAL * checks.node_ranks)).astype(np.int32)
+
+
+def from_last_rank(_: Checks, x, idx):
+    """The others choose nothing."""
+    idx = idx.copy()
+    idx[:-1] = -1
+    return x, idx
+
+
+def quantized(_: Checks, x, idx):
+    return jax_ep.reference.quantize(x), idx
+
+
 def raises(words, f, *args):
     try:
         jax.block_until_ready(f(*args))

@@ -9,7 +9,7 @@ import numpy as np
 from cases import FP8, assert_same_bits, flat, inputs, put, reference
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from nodes_checks import E_LOCAL, Checks
+from nodes_checks import E_LOCAL, Checks, from_last_rank, quantized, to_first_node
 
 import jax_ep
 
@@ -23,21 +23,12 @@ def decode(checks: Checks):
     ):
         x, idx, w = inputs(checks.done, R=R, T=T, H=H, K=K, E=E, dtype=dtype, none=none, skew=skew)
         if change:
-            x, idx = change(x, idx)
-        options = dict(num_experts=E, config=checks.by_size) | options
-        checks(f"small: {name}", lambda: checks.exchange(x, idx, w, **options))
+            x, idx = change(checks, x, idx)
+        how: dict[str, Any] = dict(num_experts=E, config=checks.by_size) | options
+        checks(f"small: {name}", lambda: checks.exchange(x, idx, w, **how))
 
-    def to_first_node(x, idx):
-        return x, np.where(idx < 0, idx, idx % (E_LOCAL * checks.node_ranks)).astype(np.int32)
-
-    def from_last_rank(x, idx):
-        idx = idx.copy()
-        idx[:-1] = -1
-        return x, idx
-
-    quantized = lambda x, idx: (jax_ep.reference.quantize(x), idx)
     for halves in (False, True):
-        how = dict(halves=halves)
+        how: dict[str, Any] = dict(halves=halves)
         of = ", halves" if halves else ""
         case(f"bf16{of}", **how)
         case(f"fp8{of}", wire_dtype=FP8, **how)
@@ -51,7 +42,7 @@ def decode(checks: Checks):
     case("one token", T=1, K=2)
     case("to the first node", change=to_first_node)
     case("from one rank only", dtype="float32", change=from_last_rank)
-    case("nobody sends", change=lambda x, idx: (x, np.full_like(idx, -1)))
+    case("nobody sends", change=lambda _, x, idx: (x, np.full_like(idx, -1)))
     changing_routing(checks)
     against_large(checks)
 

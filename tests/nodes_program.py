@@ -23,7 +23,15 @@ import numpy as np
 from cases import FP8, assert_same_bits, flat, inputs, program, put
 from jax import lax
 from jax.sharding import PartitionSpec as P
-from nodes_checks import E_LOCAL, TIMEOUT_S, Checks, raises
+from nodes_checks import (
+    E_LOCAL,
+    TIMEOUT_S,
+    Checks,
+    from_last_rank,
+    quantized,
+    raises,
+    to_first_node,
+)
 from nodes_decode import decode
 from nodes_timing import timing, timing_decode
 
@@ -36,24 +44,15 @@ def exchange(checks: Checks):
     sizes: dict[str, Any] = dict(R=R, T=40, H=256, K=3, E=E, none=0.2)
 
     def case(name, dtype="bfloat16", change=None, weights=True, **changes):
-        options = {k: v for k, v in changes.items() if k not in sizes and k != "skew"}
+        options: dict[str, Any] = {
+            k: v for k, v in changes.items() if k not in sizes and k != "skew"
+        }
         drawn = {k: v for k, v in changes.items() if k in sizes or k == "skew"}
         x, idx, w = inputs(checks.done, dtype=dtype, **(sizes | drawn))
         if change:
-            x, idx = change(x, idx)
+            x, idx = change(checks, x, idx)
         options = dict(num_experts=E) | options
         checks(name, lambda: checks.exchange(x, idx, w if weights else None, **options))
-
-    def to_first_node(x, idx):
-        return x, np.where(idx < 0, idx, idx % (E_LOCAL * checks.node_ranks)).astype(np.int32)
-
-    def from_last_rank(x, idx):
-        idx = idx.copy()
-        idx[:-1] = -1
-        return x, idx
-
-    def quantized(x, idx):
-        return jax_ep.reference.quantize(x), idx
 
     case("bf16")
     case("f32, drops, aligned", "float32", capacity=24, expert_alignment=4, skew=0.5)
@@ -66,7 +65,7 @@ def exchange(checks: Checks):
     case("all to the first node", change=to_first_node)
     case("from one rank only", "float32", change=from_last_rank, weights=False)
     case("one token", T=1, K=2)
-    case("nobody sends", change=lambda x, idx: (x, np.full_like(idx, -1)))
+    case("nobody sends", change=lambda _, x, idx: (x, np.full_like(idx, -1)))
     case("rings turn over", T=600, H=1024, K=4, none=0.0)
     for seed in range(4):
         rng = np.random.default_rng(seed)
@@ -184,8 +183,7 @@ def a_late_rank(checks: Checks, config, label):
         jax_ep.initialize(checks.mesh, "expert", timeout_s=TIMEOUT_S, config=checks.by_size)
 
     checks(f"a late rank{label}", late)
-    after = dict(num_experts=E, config=config)
-    checks(f"after it{label}", lambda: checks.exchange(x, idx, weights, **after))
+    checks(f"after it{label}", lambda: checks.exchange(x, idx, weights, **options))
 
 
 def again(checks: Checks):
