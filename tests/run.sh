@@ -22,25 +22,48 @@ pythons() {  # every supported interpreter, "minor path", oldest first, one for 
   done | sort -t. -k2,2n -u
 }
 
-install() {  # install PYTHON EXTRAS: into .venv/VERSION-FIRST_EXTRA, and print its python
-  # Editable, so that in the repository's root, too, `import jax_ep` finds the compiled extension.
-  local v venv jax=()
-  v=$(version "$1") venv=.venv/$v-${2%%,*}
+environment() {  # environment PYTHON EXTRA...: .venv/VERSION-FIRST_EXTRA with what they ask for; prints its python
+  local v venv needs=()
+  v=$(version "$1") venv=.venv/$v-$2
   [ -x "$venv/bin/python" ] || "$1" -m venv "$venv"
-  if [ "$v" = 3.11 ]; then jax=("jax==0.10.2" "jaxlib==0.10.2"); fi
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check \
-    -e ".[$2]" ${jax[@]+"${jax[@]}"} >&2
-  echo "$venv/bin/python"
+  mapfile -t needs < <("$1" -c '
+import sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+extras = [need for extra in sys.argv[1:] for need in project["optional-dependencies"][extra]]
+print(*project["dependencies"], *(n for n in extras if not n.startswith("jax-ep")), sep="\n")
+' "${@:2}")
+  if [ "$v" = 3.11 ]; then needs+=("jax==0.10.2" "jaxlib==0.10.2"); fi
+  "$venv/bin/python" -m pip install -q --disable-pip-version-check "${needs[@]}" >&2
+  echo "$PWD/$venv/bin/python"
 }
 
-cuda() {  # the extra for the GPUs present: ",cuda13", ",cuda12" or nothing
+install() {  # install PYTHON CMAKE_DEFINES ARGUMENT...: this checkout
+  # Editable, so that in the repository's root, too, `import jax_ep` finds the compiled extension.
+  SKBUILD_CMAKE_DEFINE=$2 "$1" -m pip install -q --disable-pip-version-check --no-deps "${@:3}" -e .
+}
+
+cuda() {  # the extra for the GPUs present: cuda13, cuda12 or nothing
   local drivers
   drivers=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null) || return 0
   case ${drivers%%.*} in
-    5[89]?|[6-9]??) echo ,cuda13 ;;
-    52[5-9]|5[3-7]?) echo ,cuda12 ;;
+    5[89]?|[6-9]??) echo cuda13 ;;
+    52[5-9]|5[3-7]?) echo cuda12 ;;
   esac
 }
+
+architectures() {  # what to compile for the GPUs present; nothing, and so the default, for others
+  local capabilities
+  capabilities=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | sort -u)
+  case $capabilities in
+    8.[0-9]) echo "JAX_EP_CUDA_ARCHITECTURES=80-real" ;;
+    9.0) echo "JAX_EP_CUDA_ARCHITECTURES=90a-real" ;;
+    10.0) echo "JAX_EP_CUDA_ARCHITECTURES=100a-real" ;;
+  esac
+}
+
+no_gpu() { ! nvidia-smi >/dev/null 2>&1; }
+
+compiles_quickly() { grep -q -- --Ofast-compile <<<"$(nvcc --help 2>/dev/null)"; }
 
 supported "$python" || python=$(pythons | head -n 1 | cut -d' ' -f2)
 [ -n "$python" ] || {
@@ -49,10 +72,15 @@ supported "$python" || python=$(pythons | head -n 1 | cut -d' ' -f2)
   exit 1
 }
 
+one=JAX_EP_CUDA_ARCHITECTURES=90a-real unoptimized=JAX_EP_UNOPTIMIZED=OFF
+if no_gpu && compiles_quickly; then unoptimized=JAX_EP_UNOPTIMIZED=ON; fi  # none will run the kernels
+
 if [ "$what" = demo ]; then
   echo "installing into .venv/$(version "$python")-demo ..."
-  py=$(install "$python" "demo$(cuda)")
-  exec "$PWD/$py" -m jax_ep demo
+  # shellcheck disable=SC2046
+  py=$(environment "$python" demo $(cuda))
+  if no_gpu; then install "$py" "$unoptimized;$one"; else install "$py" "$(architectures)"; fi
+  exec "$py" -m jax_ep demo
 fi
 
 all=$(pythons)
@@ -60,21 +88,22 @@ oldest=$(head -n 1 <<<"$all" | cut -d' ' -f2)
 newest=$(grep -E '^3\.1[1-2] ' <<<"$all" | tail -n 1 | cut -d' ' -f2)
 newest=${newest:-$oldest}
 mkdir -p .venv
-unoptimized=OFF
-if ! nvidia-smi >/dev/null 2>&1 && grep -q -- --Ofast-compile <<<"$(nvcc --help 2>/dev/null)"; then
-  unoptimized=ON  # no GPU here will run the kernels
-fi
-export SKBUILD_CMAKE_DEFINE="JAX_EP_UNOPTIMIZED=$unoptimized"
-install "$newest" test,docs >.venv/newest &
-if [ "$newest" != "$oldest" ]; then  # one architecture is enough the second time
-  SKBUILD_CMAKE_DEFINE+=";JAX_EP_CUDA_ARCHITECTURES=90a-real"
-  OLDEST=$(install "$oldest" test)
-fi
+environment "$newest" test docs demo >.venv/newest &
+if [ "$newest" != "$oldest" ]; then OLDEST=$(environment "$oldest" test demo); fi
 wait $!
 NEWEST=$(<.venv/newest)
 export NEWEST OLDEST="${OLDEST:-$NEWEST}"
 
+# The newest gets its build environment from pip, as users do. The oldest takes what is compiled then.
+install "$NEWEST" "$unoptimized" -C "build-dir=$PWD/build/newest"
+if [ "$newest" != "$oldest" ]; then
+  isolation=()
+  if command -v cmake ninja >/dev/null; then isolation=(--no-build-isolation); fi  # else pip gets them
+  install "$OLDEST" "$unoptimized;JAX_EP_COMPILED=$PWD/build/newest" ${isolation[@]+"${isolation[@]}"}
+fi
+
 # Two at a time, as compiling, which is most of the work, takes one core; the longest first.
-jobs=(models lint processes pages)
+rm -rf .venv/programs
+jobs=(models views processes bits rest lint)
 [ "$newest" = "$oldest" ] || jobs=(oldest "${jobs[@]}")
-printf '%s\n' rest "${jobs[@]}" | xargs -P 2 -n 1 bash tests/job.sh
+printf '%s\n' pages "${jobs[@]}" | xargs -P 2 -n 1 bash tests/job.sh
