@@ -6,21 +6,23 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 name=$1
 
-# What depends on JAX's version, and runs with the oldest JAX, too:
-versions=(bad_input command_line global_view gradients in_flight install integrations lowering
-  properties routing transforms xla_pieces)
+# What depends on JAX's version, and runs with the oldest JAX, too, but for tests marked `newest`:
+versions=(bad_input command_line global_view gradients in_flight integrations lowering routing
+  transforms xla_pieces)
 # What compiles much or starts many processes, in parts, so that no core waits at the end:
-models=(decode_example examples examples_fp8 global_view two_microbatches)
+bits=(edges properties xla_pieces)
+models=(bias decode_example examples examples_fp8 two_microbatches)
 pages=(benchmarks demo docs wheels)
 processes=(bench launch portable)
+views=(global_view gradients in_flight integrations transforms)
 
 files() { printf 'tests/test_%s.py ' "$@"; }
 
 # shellcheck disable=SC2046
-tests() {  # tests PYTHON ARGUMENT...
-  local python=$1
-  shift
-  "$(dirname "$python")/pytest" -q "$@"
+tests() {  # tests PYTHON MARKS ARGUMENT...
+  local python=$1 marks=$2
+  shift 2
+  "$(dirname "$python")/pytest" -q -m "not gpu and not multi and not extensive$marks" "$@"
 }
 
 report() {
@@ -31,15 +33,28 @@ report() {
 exec 3>&1 >".venv/$name.log" 2>&1
 trap report EXIT
 
-# Programs that XLA does not optimise compile in two thirds of the time; those of `rest`, which
-# compares bits, are optimised.
-[ "$name" = rest ] || export XLA_FLAGS="--xla_backend_optimization_level=0"
+# Programs that XLA does not optimise compile in two thirds of the time; those of `bits`, which
+# compares bits in many shapes, are optimised, as users have them.
+[ "$name" = bits ] || export XLA_FLAGS="--xla_backend_optimization_level=0"
+# The parts and their many processes compile many of the same programs.
+export JAX_COMPILATION_CACHE_DIR="$PWD/.venv/programs"
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 case $name in
-  rest) tests "$NEWEST" $(printf -- '--ignore=%s ' $(files "${models[@]}" "${pages[@]}" "${processes[@]}")) ;;
-  models) tests "$NEWEST" $(files "${models[@]}") ;;
-  pages) tests "$NEWEST" $(files "${pages[@]}") ;;
-  processes) tests "$NEWEST" $(files "${processes[@]}") ;;
-  oldest) tests "$OLDEST" tests/multi $(files "${versions[@]}") ;;
+  rest)
+    others=("${bits[@]}" "${models[@]}" "${pages[@]}" "${processes[@]}" "${views[@]}")
+    tests "$NEWEST" "" $(printf -- '--ignore=%s ' $(files "${others[@]}"))
+    ;;
+  bits) tests "$NEWEST" "" $(files "${bits[@]}") ;;
+  models) tests "$NEWEST" "" $(files "${models[@]}") ;;
+  pages) tests "$NEWEST" "" $(files "${pages[@]}") ;;
+  processes) tests "$NEWEST" "" $(files "${processes[@]}") ;;
+  views) tests "$NEWEST" "" $(files "${views[@]}") ;;
+  oldest)
+    tests "$OLDEST" " and not newest" tests/multi $(files "${versions[@]}")
+    "$OLDEST" -c 'import importlib, pkgutil, jax_ep.examples as examples
+for module in pkgutil.iter_modules(examples.__path__):
+    importlib.import_module(f"jax_ep.examples.{module.name}")'
+    ;;
   lint)
     "$OLDEST" -m ruff check .
     "$OLDEST" -m ruff format --check .

@@ -64,7 +64,14 @@ def test_out_of_range_names_no_expert(bad):
     assert_matches(run(x, idx, weights, num_experts=8), reference(x, want, weights, num_experts=8))
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint32])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        np.uint8,
+        np.uint32,
+        *(pytest.param(t, marks=pytest.mark.extensive) for t in (np.int8, np.int16)),
+    ],
+)
 def test_integer_types(dtype):
     x, idx, weights = inputs(3, R=ranks(4), T=6, H=8, K=2, E=8)
     got = run(x, idx.astype(dtype), weights, num_experts=8)

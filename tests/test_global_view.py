@@ -2,6 +2,7 @@
 """Global arrays under plain jit: results, gradients, shardings, and a compiled module in which
 nothing is gathered but what the operation itself exchanges."""
 
+import itertools
 import re
 
 import jax
@@ -21,7 +22,25 @@ MESHES = [
     ((2, 4), ("data", "expert"), ("expert",)),
     ((2, 4), ("data", "expert"), ("data", "expert")),
 ]
-BOTH = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+EXTRAS = dict(
+    plain={},
+    fp8=dict(wire_dtype=FP8),
+    batched=dict(layout="batched", expert_alignment=2, config=DIRECT),
+)
+# One mesh of each type for each of the other options: an option does not change the sharding rule.
+MESH_OF = {("fp8", AUTO): 2, ("fp8", EXPLICIT): 1, ("batched", AUTO): 1, ("batched", EXPLICIT): 0}
+
+
+def cases():
+    """Everything with everything, marked by what `make test` needs."""
+    for axis_type, (name, extra), i in itertools.product(
+        (AUTO, EXPLICIT), EXTRAS.items(), range(len(MESHES))
+    ):
+        marks = [pytest.mark.newest] if name == "plain" and i < 2 else []
+        if MESH_OF.get((name, axis_type), i) != i:
+            marks = [pytest.mark.extensive]
+        yield pytest.param(*MESHES[i], axis_type, extra, marks=marks, id=f"{name}-{i}-{axis_type}")
 
 
 def layer(x, idx, weights, *, combine=None, **options):
@@ -42,21 +61,17 @@ def problem(shape, names, split, axis_type):
     return mesh, sets, on, options
 
 
-@BOTH
-@pytest.mark.parametrize("shape, names, split", MESHES, ids=str)
-@pytest.mark.parametrize(
-    "extra",
-    [{}, dict(wire_dtype=FP8), dict(layout="batched", expert_alignment=2, config=DIRECT)],
-    ids=["plain", "fp8", "batched-direct"],
-)
+@pytest.mark.parametrize("shape, names, split, axis_type, extra", [*cases()])
 def test_results_gradients_shardings(shape, names, split, axis_type, extra):
     mesh, sets, args, options = problem(shape, names, split, axis_type)
     blocks = len(sets) * mesh.shape["expert"]
     with jax.set_mesh(mesh):
-        f = jax.jit(lambda *a: layer(*a, **options, **extra))
-        d, out = f(*args)
-        loss = lambda x, w: (f(x, args[1], w)[1] ** 2).sum()
-        grads = jax.jit(jax.grad(loss, (0, 1)))(args[0], args[2])
+
+        def loss(x, w):
+            d, out = layer(x, args[1], w, **options, **extra)
+            return (out**2).sum(), (d, out)
+
+        grads, (d, out) = jax.jit(jax.grad(loss, (0, 1), has_aux=True))(args[0], args[2])
     assert d.tokens.shape[0] == d.group_sizes.shape[0] == blocks
     want = NamedSharding(mesh, P(split))
     for leaf in (*jax.tree.leaves(d), out, *grads):
@@ -82,8 +97,16 @@ def collectives(hlo):
     return {n: len(re.findall(rf" {n}(?:-start)?\(", hlo)) for n in names}
 
 
-@BOTH
-@pytest.mark.parametrize("shape, names, split", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "shape, names, split, axis_type",
+    [
+        *(pytest.param(*mesh, AUTO, marks=pytest.mark.newest) for mesh in MESHES[:2]),
+        (*MESHES[2], AUTO),
+        *(pytest.param(*mesh, EXPLICIT, marks=pytest.mark.extensive) for mesh in MESHES[:2]),
+        (*MESHES[2], EXPLICIT),
+    ],
+    ids=str,
+)
 def test_nothing_is_gathered_around_the_operations(shape, names, split, axis_type):
     """The global view compiles to exactly the collectives of the same code in shard_map."""
     mesh, _, args, options = problem(shape, names, split, axis_type)

@@ -53,8 +53,16 @@ def problem(none=0.2, **kw):
     return flat(x) / 3, flat(weights), w, flat(idx)
 
 
-@pytest.mark.parametrize("inside", [True, False], ids=["weights=", "multiplied"])
-@pytest.mark.parametrize("options", [{}, dict(expert_alignment=4)], ids=str)
+@pytest.mark.parametrize(
+    "options, inside",
+    [
+        ({}, True),
+        pytest.param(dict(expert_alignment=4), True, marks=pytest.mark.extensive),
+        pytest.param({}, False, marks=pytest.mark.extensive),
+        pytest.param(dict(expert_alignment=4), False, marks=pytest.mark.newest),
+    ],
+    ids=str,
+)
 def test_against_dense_float64(options, inside):
     args = problem()
     loss, want = dense64(*args)
@@ -71,6 +79,7 @@ def test_against_dense_float64(options, inside):
         assert error < 1e-5, (name, error)
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("argnum", [0, 1, 2])
 def test_each_alone(argnum):
     args = problem()
@@ -79,6 +88,7 @@ def test_each_alone(argnum):
     assert np.linalg.norm(np.asarray(got) - want[argnum]) < 1e-5 * np.linalg.norm(want[argnum])
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize("argnum", [0, 1], ids=["y", "weights"])
 def test_combine_operands_alone(argnum):
     x, idx, weights = inputs(12, R=ranks(4), T=T, H=H, K=K, E=E)
@@ -102,6 +112,7 @@ def test_combine_operands_alone(argnum):
     assert np.linalg.norm(np.asarray(got) - want) < 1e-5 * np.linalg.norm(want)
 
 
+@pytest.mark.newest
 def test_dropped_pairs_get_zero():
     x, idx, weights = inputs(13, R=ranks(4), T=T, H=H, K=K, E=E, skew=1.0)
 

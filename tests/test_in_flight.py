@@ -50,6 +50,7 @@ def pipeline(x, idx, weights, *, halves):
     return outs, give(carry[0]).tokens, total(carry[1])
 
 
+@pytest.mark.newest
 def test_scan_carries_what_is_in_flight():
     args = [flat(a) for a in problem(70)]
     specs = (P(None, "expert"), P("expert"), P("expert"))

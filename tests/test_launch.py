@@ -135,7 +135,7 @@ def test_nobody_is_left_behind(tmp_path, how):
 
 @pytest.mark.parametrize(
     "processes, devices, selection",
-    [(2, 4, "test"), (4, 1, "every and not capacity or initialize")],
+    [(2, 4, "not formats"), (4, 1, "every and not capacity and not shard_map or initialize")],
 )
 def test_exchange_between_processes(tmp_path, processes, devices, selection):
     shape = "-n", processes, "--devices-per-process", devices, "--deadline-s", 120
@@ -144,4 +144,4 @@ def test_exchange_between_processes(tmp_path, processes, devices, selection):
     assert status == 0, output
     ends = {(tmp_path / f"rank{r}.log").read_text().splitlines()[-1] for r in range(processes)}
     counts = {re.match(r"(\d+) passed(, \d+ deselected)? in ", end)[1] for end in ends}
-    assert len(counts) == 1 and int(counts.pop()) >= 4
+    assert len(counts) == 1 and int(counts.pop()) >= 3

@@ -23,17 +23,17 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(_xla, "_CHUNK_BYTES", 1)  # eight tokens
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
-    "H, options",
+    "H, options, dtype",
     [
-        (300, {}),
-        (300, dict(layout="batched", capacity=40)),
-        (384, dict(wire_dtype=FP8, deliver="quantized", combine=dict(wire_dtype=FP8))),
+        (300, {}, "bfloat16"),
+        (300, {}, "float32"),
+        (300, dict(layout="batched", capacity=40), "bfloat16"),
+        (384, dict(wire_dtype=FP8, deliver="quantized", combine=dict(wire_dtype=FP8)), "float32"),
     ],
     ids=str,
 )
-def test_equals_reference_bit_for_bit(dtype, H, options):
+def test_equals_reference_bit_for_bit(H, options, dtype):
     x, idx, weights = inputs(60, H=H, dtype=dtype, **SIZES)
     options = dict(num_experts=8, **options)
     assert_matches(run(x, idx, weights, **options), reference(x, idx, weights, **options))
