@@ -47,12 +47,14 @@ constexpr SlotLayout slot_layout(const SlotSize& s) {
   return {u32(flags), u32(words), u32(rows), u32(stride), rows + s.tokens * stride};
 }
 
+constexpr int kInboxSets = 4, kOutboxSets = 2;  // [kind][parity], [parity]
+
 // Of one rank; of its outboxes, which follow.
 constexpr size_t slot_bytes(int num_ranks, const SlotSize& s) {
-  return s.tokens == 0 ? 0 : 4 * size_t(num_ranks) * slot_layout(s).total;
+  return s.tokens == 0 ? 0 : kInboxSets * size_t(num_ranks) * slot_layout(s).total;
 }
 constexpr size_t outbox_bytes(int num_ranks, const SlotSize& s) {
-  return slot_bytes(num_ranks, s) / 2;
+  return slot_bytes(num_ranks, s) / kInboxSets * kOutboxSets;
 }
 
 }  // namespace jax_ep

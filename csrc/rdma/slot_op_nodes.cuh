@@ -14,7 +14,8 @@
 // Who may overwrite an outbox, or what lies in an inbox, when: a rank that starts n + 2 has done
 // n + 1, for which it awaited the hello of n + 1 of every rank. Each sent that after its own done
 // n, which ended only when it had seen the signals of all puts of n to it: so these puts have left
-// the outbox, and what they brought has been read.
+// the outbox, and what they brought has been read. Dispatch and combine take different parts of the
+// outboxes, so each has its own two copies.
 #pragma once
 #include "../device/slots.cuh"
 #include "transport.cuh"
@@ -42,9 +43,8 @@ class NodeSlotOp : public SlotOp {
   __device__ Inbox outbox(int rank) const {
     if (stores_to(rank)) return SlotOp::outbox(rank);
     const Peers& peers = op.call.peers;
-    const size_t first = peers.at.total + 4 * size_t(op.R) * peers.slots.total;
-    const size_t number = size_t(parity()) * op.R + rank;
-    return Inbox(peers.slots, peers.control[op.me] + first + number * peers.slots.total);
+    const size_t number = size_t(kInboxSets + parity()) * op.R + rank;
+    return Inbox(peers.slots, peers.control[op.me] + peers.at.total + number * peers.slots.total);
   }
 
   // By one warp: greet the ranks of this node; and the others, where no put carries the greeting.
