@@ -39,8 +39,9 @@ class Rdma:
         transport: "ibgda", where the GPU drives the NIC, or "ibrc", where a thread of the CPU does;
             None: as NVSHMEM's environment has it. Between virtual nodes of one host it is unused.
         arena_bytes: device memory of each rank that other nodes write into.
-        ring_slots: messages on the way at once to each node, and between ranks of a node. This and
-            the next are a group's; the others are the process's, alike in all its groups.
+        ring_slots: messages on the way at once to all other nodes together, and from the other
+            ranks of a node: each of them has its share, one at least. This and the next are a
+            group's; the others are the process's, alike in all its groups.
         ring_slot_bytes: most bytes of one, a multiple of 128. A message holds T/1024 tokens at least,
             so an operation wants about T/1024 rows of H. Default: 8 rows of 16 KiB and where they
             go, enough for 8192 tokens of H=8192 in bfloat16.
@@ -53,7 +54,7 @@ class Rdma:
     nic_map: tuple[str, ...] = ()
     transport: Literal["ibgda", "ibrc"] | None = "ibgda"
     arena_bytes: int = 2**29
-    ring_slots: int = 96
+    ring_slots: int = 192
     ring_slot_bytes: int = 33 * 2**12
 
     def __post_init__(self):

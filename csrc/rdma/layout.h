@@ -3,7 +3,8 @@
 // messages between nodes, rings of partial sums inside a node. `Config` sizes them.
 //
 // N nodes of L ranks; rank n * L + l is the l-th of node n. Messages between nodes go between ranks
-// with the same l. A ring has `slots` slots, of `slot_bytes` each.
+// with the same l. The rings of a kind share their slots, of `slot_bytes` each, as the traffic
+// shares the way: each ring has at least one.
 //
 // Flags of rings are tags as the control block's are, with the number of a message in its ring,
 // from 1 on, in place of the epoch: a slot's `packed`, `arrived` and `filled` with the operation's
@@ -16,8 +17,11 @@
 namespace jax_ep {
 
 struct RingSize {
-  int slots = 0;
+  int slots = 0;       // of all rings of a kind together
   int slot_bytes = 0;  // a multiple of 128
+
+  // Of each of `rings`.
+  constexpr int slots_of(int rings) const { return rings > 0 ? (slots + rings - 1) / rings : 1; }
 };
 
 // Messages that have gone through each ring; on all ranks alike.
@@ -31,7 +35,7 @@ struct RingLayout {
   uint64_t counters, words, packed, arrived, credit, send, receive, filled, emptied, partials,
       scalars, total;
   uint64_t slot_bytes;
-  uint32_t slots;
+  uint32_t slots, own_slots;  // of a ring between nodes, of one inside
 };
 
 constexpr int kRingFields = 11;
@@ -42,8 +46,10 @@ constexpr int kChunksOfFew = 8, kFewTokens = 16;
 // The declaration of the layout: `visit(name, writer, bytes)` in order. Nothing goes to oneself.
 template <typename Visit>
 constexpr void visit_rings(int nodes, int local_ranks, const RingSize& size, Visit&& visit) {
-  const size_t N = nodes, L = local_ranks, flags = size.slots * sizeof(uint64_t);
-  const size_t ring = size_t(size.slots) * size.slot_bytes;
+  const size_t N = nodes, L = local_ranks, slots = size.slots_of(nodes - 1);
+  const size_t own_slots = size.slots_of(local_ranks - 1);
+  const size_t flags = slots * sizeof(uint64_t), own_flags = own_slots * sizeof(uint64_t);
+  const size_t ring = slots * size.slot_bytes, own_ring = own_slots * size.slot_bytes;
   visit("counters", "this rank", sizeof(RingCounters));
   visit("words", "this rank: its routing [parity][pair/2]", 2 * kMaxPairs / 2 * sizeof(uint64_t));
   visit("packed", "this rank: messages to node n: packed[n][slot]", N * flags);
@@ -51,11 +57,11 @@ constexpr void visit_rings(int nodes, int local_ranks, const RingSize& size, Vis
   visit("credit", "rank of node n: credit[n][slot]", N * flags);
   visit("send", "this rank: messages [other node][slot]", (N - 1) * ring);
   visit("receive", "rank of node n: messages [other node][slot]", (N - 1) * ring);
-  visit("filled", "rank j of this node: filled[j][slot]", L * flags);
-  visit("emptied", "rank j of this node: emptied[j][slot]", L * flags);
-  visit("partials", "rank j of this node: partials[other j][slot]", (L - 1) * ring);
+  visit("filled", "rank j of this node: filled[j][slot]", L * own_flags);
+  visit("emptied", "rank j of this node: emptied[j][slot]", L * own_flags);
+  visit("partials", "rank j of this node: partials[other j][slot]", (L - 1) * own_ring);
   visit("scalars", "ranks of this node: scalars[slot][pair of a chunk]",
-        size_t(size.slots) * kMostChunkPairs * sizeof(float));
+        own_slots * kMostChunkPairs * sizeof(float));
 }
 
 // Offsets of the fields, the first at `first`; `fields`, if given, receives names and sizes too.
@@ -82,7 +88,8 @@ constexpr RingLayout ring_layout(int nodes, int local_ranks, const RingSize& siz
           offsets[10],
           end,
           uint64_t(size.slot_bytes),
-          uint32_t(size.slots)};
+          uint32_t(size.slots_of(nodes - 1)),
+          uint32_t(size.slots_of(local_ranks - 1))};
 }
 
 // `tag` with message number `number` of a ring, counted from 0, in place of the epoch.
@@ -171,7 +178,8 @@ struct NodeShares {
 };
 
 constexpr int kLeastDispatchBlocks = 5, kLeastCombineBlocks = 4;  // one for each role
-constexpr int kNodeWirePercent = 25, kSendPercent = 30, kPutPercent = 12, kForwardPercent = 25;
+constexpr int kNodeWirePercent = 25, kSendPercent = 24, kPutPercent = 16, kForwardPercent = 38;
+constexpr int kCombinePutPercent = 12;
 
 // At least one block, and at least `left` for others.
 JAX_EP_HD int share_of(int blocks, int percent, int usual, int left) {
@@ -207,7 +215,7 @@ JAX_EP_HD CombineRoles split_combine_roles(int num_blocks, int num_ranks, int lo
   const int reduce = mine + partials + N * num_ranks;
   const int usual = 100 * gateway / (gateway + reduce);
   CombineRoles r;
-  r.put = share_of(num_blocks, percent.put, kPutPercent, 3);
+  r.put = share_of(num_blocks, percent.put, kCombinePutPercent, 3);
   const int others = num_blocks - r.put;
   r.partial = L == 1 ? 0 : share_of(others, 100 * partial / (partial + gateway + reduce), 1, 2);
   r.gateway = share_of(others - r.partial, percent.gateway, usual, 1);

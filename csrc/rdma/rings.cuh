@@ -6,13 +6,13 @@
 
 namespace jax_ep {
 
-// A place in a ring: of which node or rank, which message, in which slot.
+// A place in a ring: of which node or rank, which message, in which of how many slots.
 struct Turn {
   int ring;
   uint64_t number;
-  uint32_t slot;
+  uint32_t slot, slots;
   // That of the same message as the other side has it, in the ring of node or rank `ring`.
-  __device__ Turn of(int ring) const { return {ring, number, slot}; }
+  __device__ Turn of(int ring) const { return {ring, number, slot, slots}; }
 };
 
 class Rings {
@@ -29,16 +29,16 @@ class Rings {
     remote_ = load_relaxed(counters);
     own_ = load_relaxed(counters + 1);
     remote_slot_ = remote_ % at_.slots;
-    own_slot_ = own_ * N % at_.slots;
+    own_slot_ = own_ * N % at_.own_slots;
   }
 
   // Message `chunk` of this operation from or to another node n, between ranks with my index.
   __device__ Turn message(int n, int chunk) const {
-    return {n, remote_ + chunk, (remote_slot_ + chunk) % at_.slots};
+    return {n, remote_ + chunk, (remote_slot_ + chunk) % at_.slots, at_.slots};
   }
   // The `item`-th message of partials from or to another rank j of this node.
   __device__ Turn partial(int j, int item) const {
-    return {j, own_ * N + item, (own_slot_ + item) % at_.slots};
+    return {j, own_ * N + item, (own_slot_ + item) % at_.own_slots, at_.own_slots};
   }
 
   // By the last thread of the operation: so many messages have gone through each ring.
@@ -80,8 +80,8 @@ class Rings {
   // By one thread: wait until the slot of `t` is free, whose flag of the last message there is at
   // `credit_at`. `rank` gives it back: acquires that it has read the slot. False: give up.
   __device__ bool await_room(const Turn& t, uint64_t credit_at, int rank) const {
-    if (t.number < at_.slots) return true;
-    const uint64_t last = make_credit(op_.tag, t.number - at_.slots);
+    if (t.number < t.slots) return true;
+    const uint64_t last = make_credit(op_.tag, t.number - t.slots);
     return op_.await(word(credit_at), last, rank, Phase::kRoom);
   }
   // By one thread: wait until the message `t` of `rank` is there, with its flag at `flag_at`:
@@ -92,11 +92,11 @@ class Rings {
 
  private:
   __device__ uint64_t flag(const Turn& t) const {
-    return (t.ring * at_.slots + t.slot) * sizeof(uint64_t);
+    return (t.ring * t.slots + t.slot) * sizeof(uint64_t);
   }
   __device__ uint64_t slot(const Turn& t, int owner) const {  // which has no ring of its own
     const int ring = t.ring < owner ? t.ring : t.ring - 1;
-    return (ring * at_.slots + t.slot) * at_.slot_bytes;
+    return (ring * t.slots + t.slot) * at_.slot_bytes;
   }
 
   const Op& op_;

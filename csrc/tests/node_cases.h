@@ -23,7 +23,7 @@ struct Results {
 
 class NodeCases {
  public:
-  // `most_tokens` of a rank, `most_slots` of a ring.
+  // `most_tokens` of a rank, `most_slots` of a ring, if all share alike.
   NodeCases(uint64_t seed, int most_tokens, int most_slots)
       : rng_(seed), most_tokens_(most_tokens), most_slots_(most_slots) {}
 
@@ -34,7 +34,8 @@ class NodeCases {
     pick_sizes(n.c, nodes * ranks_per_node);
     pick_routing(n.c);
     pick_rows(n.c);
-    n.rings.slots = chance(0.5) ? 1 : pick(1, most_slots_);
+    const int rings = std::max(nodes, ranks_per_node) - 1;  // of a kind, at most
+    n.rings.slots = rings * (chance(0.5) ? 1 : pick(1, most_slots_));
     n.rings.slot_bytes = pick_slot_bytes(n.c);
     n.blocks = pick(kLeastDispatchBlocks, 6);
     return n;

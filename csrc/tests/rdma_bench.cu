@@ -18,7 +18,7 @@ namespace {
 
 struct Options {
   int nodes = 2, local = 1, devices = 2, tokens = 4096, hidden = 7168, top_k = 8, experts = 256;
-  int sms = 132, slots = 96, slot_bytes = 33 << 12, iterations = 20;  // as Rdma has them
+  int sms = 132, slots = 192, slot_bytes = 33 << 12, iterations = 20;  // as Rdma has them
   NodeShares percent;
   bool fp8 = false;
 };
