@@ -27,7 +27,9 @@ tests() {  # tests PYTHON MARKS ARGUMENT...
 
 report() {
   local status=$?
-  printf '== %s: exit status %s after %s s\n' "$name" "$status" "$SECONDS" >&3
+  times >".venv/$name.times"  # of the shell, then of what it ran: user and system
+  printf '== %s: exit status %s after %s s, processors: %s\n' \
+    "$name" "$status" "$SECONDS" "$(tail -n 1 ".venv/$name.times")" >&3
   cat ".venv/$name.log" >&3
 }
 exec 3>&1 >".venv/$name.log" 2>&1

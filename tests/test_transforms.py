@@ -42,7 +42,8 @@ def data(platform):
 def test_jit_and_eager(data, check_vma):
     args, want = data
     assert_same_bits("jit", jax.jit(mapped(layer, check_vma=check_vma))(*args), want)
-    assert_same_bits("eager", mapped(layer, check_vma=check_vma)(*args), want)
+    if check_vma:
+        assert_same_bits("eager", mapped(layer)(*args), want)
 
 
 @pytest.mark.newest
@@ -120,11 +121,15 @@ def test_scan_and_its_gradient(data):
 
     results = []
     for f in (stacked, unrolled):
-        g = mapped(f)
-        loss = lambda x, g=g: (g(x, *args[1:]) ** 2).sum()
-        results.append((jax.jit(g)(*args), jax.jit(jax.grad(loss))(args[0])))
-    assert_close(results[0][0], results[1][0], rtol=1e-6)
-    assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
+
+        def loss(x, g=mapped(f)):
+            out = g(x, *args[1:])
+            return (out**2).sum(), out
+
+        results.append(jax.jit(jax.grad(loss, has_aux=True))(args[0]))
+    (scanned_grad, scanned), (grad, out) = results
+    assert_close(scanned, out, rtol=1e-6)
+    assert_close(scanned_grad, grad, rtol=1e-5, atol=1e-6)
 
 
 def test_while_loop_and_cond(data):
@@ -202,11 +207,11 @@ MESHES = [
 def mesh_cases():
     """Every mesh of each type, marked by what `make test` needs: inside shard_map types differ little."""
     for axis_type, i in itertools.product((AUTO, EXPLICIT), range(len(MESHES))):
-        marks = [pytest.mark.newest]
+        marks = [pytest.mark.extensive]
         if (axis_type, i) in ((AUTO, 2), (AUTO, 5), (EXPLICIT, 4)):
             marks = []
-        elif axis_type == EXPLICIT and i != 1:
-            marks = [pytest.mark.extensive]
+        elif (axis_type, i) in ((AUTO, 1), (AUTO, 3), (EXPLICIT, 1)):
+            marks = [pytest.mark.newest]
         shape, names, group = MESHES[i]
         yield pytest.param(shape, names, group, axis_type, marks=marks)
 
