@@ -157,4 +157,44 @@ __device__ __forceinline__ Pack<T> dequantize(const Fp8<T>& in, float scale) {
   return out;
 }
 
+// Some Vecs of a row that a thread has.
+template <int kVecs>
+struct Columns {
+  Vec v[kVecs];
+};
+
+// Its part of a sum of rows of type T, in float32.
+template <typename T, int kVecs>
+struct RowSum {
+  float value[kVecs][Pack<T>::kCount] = {};
+
+  __device__ __forceinline__ void add(int j, const Vec& row, float weight) {
+    float x[Pack<T>::kCount];
+    unpack<T>(row, x);
+#pragma unroll
+    for (int i = 0; i < Pack<T>::kCount; ++i) {
+      value[j][i] = __fadd_rn(value[j][i], __fmul_rn(weight, x[i]));
+    }
+  }
+
+  __device__ __forceinline__ void add(int j, const Fp8<T>& q, float scale) {
+#pragma unroll
+    for (int i = 0; i < Pack<T>::kCount; ++i) {
+      value[j][i] = __fadd_rn(value[j][i], __fmul_rn(to_float(q, i), scale));
+    }
+  }
+
+  __device__ __forceinline__ Columns<kVecs> rounded() const {
+    Columns<kVecs> columns;
+#pragma unroll
+    for (int j = 0; j < kVecs; ++j) {
+      Pack<T> pack;
+#pragma unroll
+      for (int i = 0; i < Pack<T>::kCount; ++i) pack.element[i] = from_float<T>(value[j][i]);
+      columns.v[j] = pack.vec;
+    }
+    return columns;
+  }
+};
+
 }  // namespace jax_ep

@@ -7,45 +7,6 @@
 
 namespace jax_ep {
 
-// This thread's columns of a row.
-struct Columns {
-  Vec v[kColumnVecs];
-};
-
-// A float32 sum of rows of type T.
-template <typename T>
-struct Sum {
-  float value[kColumnVecs][Pack<T>::kCount] = {};
-
-  __device__ __forceinline__ void add(int j, const Vec& row, float weight) {
-    float x[Pack<T>::kCount];
-    unpack<T>(row, x);
-#pragma unroll
-    for (int i = 0; i < Pack<T>::kCount; ++i) {
-      value[j][i] = __fadd_rn(value[j][i], __fmul_rn(weight, x[i]));
-    }
-  }
-
-  __device__ __forceinline__ void add(int j, const Fp8<T>& q, float scale) {
-#pragma unroll
-    for (int i = 0; i < Pack<T>::kCount; ++i) {
-      value[j][i] = __fadd_rn(value[j][i], __fmul_rn(to_float(q, i), scale));
-    }
-  }
-
-  __device__ __forceinline__ Columns rounded() const {
-    Columns columns;
-#pragma unroll
-    for (int j = 0; j < kColumnVecs; ++j) {
-      Pack<T> pack;
-#pragma unroll
-      for (int i = 0; i < Pack<T>::kCount; ++i) pack.element[i] = from_float<T>(value[j][i]);
-      columns.v[j] = pack.vec;
-    }
-    return columns;
-  }
-};
-
 // A consumer thread. kFp8: partials travel as e4m3 and scales.
 template <typename T, bool kFp8>
 class Consumer {
@@ -82,7 +43,7 @@ class Consumer {
   static constexpr int kLanes = kScaleBlock / Pack<T>::kCount;  // that share a scale
 
   __device__ __forceinline__ void add_row(float weight) {
-    Columns row;
+    Columns<kColumnVecs> row;
 #pragma unroll
     for (int j = 0; j < kColumnVecs; ++j) {
       if (here_[j]) row.v[j] = ring_.at<Vec>(at_[j] * int(sizeof(Vec)));
@@ -114,18 +75,18 @@ class Consumer {
   // What a note asks for after its row. False: stop.
   __device__ __forceinline__ bool follow(const Note& note) {
     const uint32_t place = note.what >> kPlaceShift;
-    if (note.what & kClear) sum_ = Sum<T>();
+    if (note.what & kClear) sum_ = {};
     if (note.what & kHold) {
       own_ = sum_.rounded();
-      sum_ = Sum<T>();
+      sum_ = {};
     }
     if (note.what & kAddOwn) {
 #pragma unroll
       for (int j = 0; j < kColumnVecs; ++j) sum_.add(j, own_.v[j], 1.0f);
     }
     if (note.what & kStore) {
-      const Columns columns = sum_.rounded();
-      sum_ = Sum<T>();
+      const Columns<kColumnVecs> columns = sum_.rounded();
+      sum_ = {};
       if (kFp8 && (note.what & kTell)) {
         store_fp8(note, columns, reinterpret_cast<float*>(pushes_.scales[place]));
       } else {
@@ -139,7 +100,8 @@ class Consumer {
     return !(note.what & kStop);
   }
 
-  __device__ __forceinline__ void store(const Note& note, const Columns& columns) const {
+  __device__ __forceinline__ void store(const Note& note,
+                                        const Columns<kColumnVecs>& columns) const {
 #pragma unroll
     for (int j = 0; j < kColumnVecs; ++j) {
       const int at = first_ + j * kConsumers;
@@ -147,7 +109,7 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void store_fp8(const Note& note, const Columns& columns,
+  __device__ __forceinline__ void store_fp8(const Note& note, const Columns<kColumnVecs>& columns,
                                             float* scales) const {
 #pragma unroll
     for (int j = 0; j < kColumnVecs; ++j) {
@@ -168,8 +130,8 @@ class Consumer {
   const int first_;         // of my columns, in Vecs of an item
   int at_[kColumnVecs];     // my columns in a slot
   bool here_[kColumnVecs];  // some lane of this warp has columns there
-  Sum<T> sum_;
-  Columns own_ = {};
+  RowSum<T, kColumnVecs> sum_;
+  Columns<kColumnVecs> own_ = {};
 };
 
 }  // namespace jax_ep

@@ -123,7 +123,7 @@ class Stages {
     const LaneVecs own = own_sum(at, piece);
     LaneSum<T> sum;
     add_rows<T, true>(sum, mine, piece, [&](int j) { return of_partial(of_rank[j], at); });
-    if (own_.count[at] > 0) sum.add(own);
+    if (own_.count[at] > 0) add_rounded<T>(sum, own);
     add_rows<T, true>(sum, rings_.L - 1 - mine, piece,
                       [&](int i) { return of_partial(of_rank[mine + 1 + i], at); });
     return sum.rounded();
@@ -286,7 +286,7 @@ class Stages {
       const LaneVecs own = node_sum(of_rank, at, piece);
       LaneSum<T> sum;
       add_rows<T, true>(sum, rings_.node, piece, message);
-      if (of_node.has(at)) sum.add(own);
+      if (of_node.has(at)) add_rounded<T>(sum, own);
       add_rows<T, true>(sum, N - 1 - rings_.node, piece,
                         [&](int i) { return message(rings_.node + 1 + i); });
       piece.store(out + size_t(at) * row_bytes_, sum.rounded());

@@ -16,39 +16,16 @@ constexpr int kRowsInFlight = 4;  // of a lane
 
 // Of a row, that a warp adds up: `kLaneVecs` of each lane, 32 apart.
 constexpr int kPieceVecs = 32 * kLaneVecs;
-struct LaneVecs {
-  Vec v[kLaneVecs];
-};
-
-// What a lane adds up, in float32.
+using LaneVecs = Columns<kLaneVecs>;
 template <typename T>
-struct LaneSum {
-  float value[kLaneVecs][Pack<T>::kCount] = {};
+using LaneSum = RowSum<T, kLaneVecs>;
 
-  __device__ __forceinline__ void add(int j, const Vec& row, float weight) {
-    float x[Pack<T>::kCount];
-    unpack<T>(row, x);
+// Adds what has been rounded.
+template <typename T>
+__device__ __forceinline__ void add_rounded(LaneSum<T>& sum, const LaneVecs& row) {
 #pragma unroll
-    for (int i = 0; i < Pack<T>::kCount; ++i) {
-      value[j][i] = __fadd_rn(value[j][i], __fmul_rn(weight, x[i]));
-    }
-  }
-  __device__ __forceinline__ void add(const LaneVecs& row) {
-#pragma unroll
-    for (int j = 0; j < kLaneVecs; ++j) add(j, row.v[j], 1.0f);
-  }
-  __device__ __forceinline__ LaneVecs rounded() const {
-    LaneVecs out;
-#pragma unroll
-    for (int j = 0; j < kLaneVecs; ++j) {
-      Pack<T> pack;
-#pragma unroll
-      for (int i = 0; i < Pack<T>::kCount; ++i) pack.element[i] = from_float<T>(value[j][i]);
-      out.v[j] = pack.vec;
-    }
-    return out;
-  }
-};
+  for (int j = 0; j < kLaneVecs; ++j) sum.add(j, row.v[j], 1.0f);
+}
 
 struct Addend {
   const char* row;  // null: nothing
