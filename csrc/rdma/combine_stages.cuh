@@ -310,7 +310,7 @@ class Stages {
       const Turn turn = rings_.message(n, chunk);
       const uint64_t flag = rings_.arrived(turn);
       good = rings_.await_message(turn, flag, rings_.rank_of(n));
-      if (good) q_.transport.receive(rings_.word(flag), rings_.stamp(turn));
+      if (good) q_.transport.receive(rings_.word(flag));
     }
     return good;
   }

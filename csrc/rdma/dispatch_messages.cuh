@@ -124,7 +124,7 @@ class Messages {
     bool good = true;
     if (threadIdx.x == 0) {
       good = rings_.await_message(turn, rings_.arrived(turn), source);
-      if (good) q_.transport.receive(rings_.word(rings_.arrived(turn)), rings_.stamp(turn));
+      if (good) q_.transport.receive(rings_.word(rings_.arrived(turn)));
     }
     if (!__syncthreads_and(good)) return false;
     const char* slot = rings_.here(rings_.received(turn, rings_.node));

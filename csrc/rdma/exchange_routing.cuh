@@ -21,16 +21,21 @@
 
 namespace jax_ep {
 
-// By all threads of the launch. A choice out of range goes as none: the plan, which follows,
-// refuses it.
-__device__ inline void write_words(const int32_t* topk_idx, const Exchange& x, uint32_t tag,
-                                   uint64_t* to) {
-  const int pairs = x.num_pairs(), step = gridDim.x * blockDim.x;
-  auto checked = [&](int e) { return e < x.num_experts ? max_int(e, -1) : -1; };
+// By all threads of the launch. False: one of this thread's choices is out of range. It is refused
+// here, as the plan that follows could not tell other nodes.
+__device__ inline bool write_words(const Op& op, const int32_t* topk_idx, const Exchange& x,
+                                   uint32_t tag, uint64_t* to) {
+  const int pairs = x.num_pairs(), E = x.num_experts, step = gridDim.x * blockDim.x;
+  auto bad = [E](int e) { return e < -1 || e >= E; };
+  bool good = true;
   for (int w = blockIdx.x * blockDim.x + threadIdx.x; w < (pairs + 1) / 2; w += step) {
     const Choices choices = choices_of(topk_idx, pairs, w);
-    to[w] = make_word(tag, checked(choices.even), checked(choices.odd));
+    to[w] = make_word(tag, choices.even, choices.odd);
+    if (!bad(choices.even) && !bad(choices.odd)) continue;
+    refuse_choice(op, bad(choices.even) ? choices.even : choices.odd, E);
+    good = false;
   }
+  return good;
 }
 
 template <typename Transport>
@@ -58,7 +63,7 @@ __device__ bool await_other_nodes(const WithTransport<NodeRouting, Transport>& p
     if (op.reaches(r)) continue;
     const uint64_t* hello = op.block(op.me).hello(plan_parity(op), r);
     here &= op.await(hello, tag, r, Phase::kRouting);
-    if (here) p.transport.receive(hello, tag);
+    if (here) p.transport.receive(hello);
   }
   return here;
 }
@@ -70,8 +75,7 @@ __device__ void exchange_routing(const WithTransport<NodeRouting, Transport>& p)
   if (!op.began_broken()) {
     auto* words = reinterpret_cast<uint64_t*>(p.call.peers.control[op.me] + p.at.words) +
                   plan_parity(op) * (kMaxPairs / 2);
-    write_words(p.topk_idx, p.exchange, word_tag(tag), words);
-    if (op.meet(true)) {
+    if (op.meet(write_words(op, p.topk_idx, p.exchange, word_tag(tag), words))) {
       put_words(p, op, tag, words);
       if (blockIdx.x == 0) await_other_nodes(p, op, tag);
     }

@@ -47,10 +47,10 @@ struct Nvshmem {
     __threadfence_system();
     nvshmemx_signal_op(word(at), value, NVSHMEM_SIGNAL_SET, of.element[rank]);
   }
-  // The value is there, so this does not wait: it is how NVSHMEM makes data that a NIC has written
-  // before it visible, where loads alone do not.
-  __device__ void receive(const uint64_t* at, uint64_t value) const {
-    nvshmem_signal_wait_until(const_cast<uint64_t*>(at), NVSHMEM_CMP_EQ, value);
+  // Asks for any value, so this does not wait: it is how NVSHMEM makes data that a NIC has written
+  // before the signal visible, where loads alone do not.
+  __device__ void receive(const uint64_t* at) const {
+    nvshmem_signal_wait_until(const_cast<uint64_t*>(at), NVSHMEM_CMP_GE, 0);
   }
 
  private:

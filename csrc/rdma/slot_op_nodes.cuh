@@ -63,7 +63,7 @@ class NodeSlotOp : public SlotOp {
   // As inside a node: acquires what rank `from` has sent.
   __device__ bool await(const uint64_t* word, int from, Phase phase) const {
     const bool seen = SlotOp::await(word, from, phase);
-    if (seen && !op.reaches(from)) transport_.receive(word, tag);
+    if (seen && !op.reaches(from)) transport_.receive(word);
     return seen;
   }
 

@@ -15,9 +15,9 @@
 //     // By one thread: `value` to the word at offset `signal` of `rank`. What this thread has read
 //     // and written before, or others before a block barrier, is over when it arrives.
 //     void signal(int rank, uint64_t signal, uint64_t value) const;
-//     // By the thread that has seen `value` at `word`, by an acquiring load, before anybody reads
+//     // By the thread that has seen a signal at `word`, by an acquiring load, before anybody reads
 //     // what was put with it.
-//     void receive(const uint64_t* word, uint64_t value) const;
+//     void receive(const uint64_t* word) const;
 //   };
 //
 // Puts and signals are ordered by nothing else: two puts to one rank may arrive in any order and

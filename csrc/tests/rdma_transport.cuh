@@ -31,7 +31,7 @@ struct PeerTransport {
     delay(dice(static_cast<uint32_t>(value >> 24) * 37 + rank));
     store_release_sys(reinterpret_cast<uint64_t*>(arena[rank] + at), value);
   }
-  __device__ void receive(const uint64_t*, uint64_t) const {}
+  __device__ void receive(const uint64_t*) const {}
 
  private:
   // `copy(first, last)` in two halves.

@@ -124,7 +124,7 @@ struct EmulatedTransport {
     if (thread_index().x % 32 == 0) network->put(me, rank, to, from, bytes, signal, value);
   }
   void signal(int rank, uint64_t at, uint64_t value) const { network->signal(rank, at, value); }
-  void receive(const uint64_t*, uint64_t) const {}
+  void receive(const uint64_t*) const {}
 };
 
 }  // namespace emulation
