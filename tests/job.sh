@@ -12,6 +12,7 @@ versions=(bad_input command_line global_view gradients in_flight integrations lo
 # What compiles much or starts many processes, in parts, so that no core waits at the end:
 bits=(edges properties xla_pieces)
 models=(bias decode_example examples examples_fp8 two_microbatches)
+native=(csrc emulation install)
 pages=(benchmarks demo docs wheels)
 processes=(bench launch portable)
 views=(global_view gradients in_flight integrations transforms)
@@ -43,11 +44,12 @@ export JAX_COMPILATION_CACHE_DIR="$PWD/.venv/programs"
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=-1
 case $name in
   rest)
-    others=("${bits[@]}" "${models[@]}" "${pages[@]}" "${processes[@]}" "${views[@]}")
+    others=("${bits[@]}" "${models[@]}" "${native[@]}" "${pages[@]}" "${processes[@]}" "${views[@]}")
     tests "$NEWEST" "" $(printf -- '--ignore=%s ' $(files "${others[@]}"))
     ;;
   bits) tests "$NEWEST" "" $(files "${bits[@]}") ;;
   models) tests "$NEWEST" "" $(files "${models[@]}") ;;
+  native) tests "$NEWEST" "" $(files "${native[@]}") ;;
   pages) tests "$NEWEST" "" $(files "${pages[@]}") ;;
   processes) tests "$NEWEST" "" $(files "${processes[@]}") ;;
   views) tests "$NEWEST" "" $(files "${views[@]}") ;;

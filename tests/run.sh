@@ -104,6 +104,6 @@ fi
 
 # Two at a time, as compiling, which is most of the work, takes one core; the longest first.
 rm -rf .venv/programs
-jobs=(models views processes bits rest lint)
+jobs=(views pages models processes bits rest native lint)
 [ "$newest" = "$oldest" ] || jobs=(oldest "${jobs[@]}")
-printf '%s\n' pages "${jobs[@]}" | xargs -P 2 -n 1 bash tests/job.sh
+printf '%s\n' "${jobs[@]}" | xargs -P 2 -n 1 bash tests/job.sh

@@ -96,6 +96,7 @@ def test_every_operation(view, dtype, options):
     assert_same_bits("dw", dw, (y.astype(np.float32) * g_rows).sum(-1))
 
 
+@pytest.mark.newest
 @pytest.mark.parametrize(
     "dtype, options, combine, how",
     [
