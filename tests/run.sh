@@ -22,19 +22,23 @@ pythons() {  # every supported interpreter, "minor path", oldest first, one for 
   done | sort -t. -k2,2n -u
 }
 
-environment() {  # environment PYTHON EXTRA...: .venv/VERSION-FIRST_EXTRA with what they ask for; prints its python
-  local v venv needs=()
-  v=$(version "$1") venv=.venv/$v-$2
+environment() {  # environment PYTHON NAME: the environment .venv/VERSION-NAME; prints its python
+  local venv
+  venv=$PWD/.venv/$(version "$1")-$2
   [ -x "$venv/bin/python" ] || "$1" -m venv "$venv"
+  echo "$venv/bin/python"
+}
+
+install_needs() {  # install_needs PYTHON EXTRA...: what the project and these extras ask for
+  local needs=()
   mapfile -t needs < <("$1" -c '
 import sys, tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
 extras = [need for extra in sys.argv[1:] for need in project["optional-dependencies"][extra]]
 print(*project["dependencies"], *(n for n in extras if not n.startswith("jax-ep")), sep="\n")
 ' "${@:2}")
-  if [ "$v" = 3.11 ]; then needs+=("jax==0.10.2" "jaxlib==0.10.2"); fi
-  "$venv/bin/python" -m pip install -q --disable-pip-version-check "${needs[@]}" >&2
-  echo "$PWD/$venv/bin/python"
+  if [ "$(version "$1")" = 3.11 ]; then needs+=("jax==0.10.2" "jaxlib==0.10.2"); fi
+  "$1" -m pip install -q --disable-pip-version-check "${needs[@]}"
 }
 
 install() {  # install PYTHON CMAKE_DEFINES ARGUMENT...: this checkout
@@ -77,8 +81,9 @@ if no_gpu && compiles_quickly; then unoptimized=JAX_EP_UNOPTIMIZED=ON; fi  # non
 
 if [ "$what" = demo ]; then
   echo "installing into .venv/$(version "$python")-demo ..."
+  py=$(environment "$python" demo)
   # shellcheck disable=SC2046
-  py=$(environment "$python" demo $(cuda))
+  install_needs "$py" demo $(cuda)
   if no_gpu; then install "$py" "$unoptimized;$one"; else install "$py" "$(architectures)"; fi
   exec "$py" -m jax_ep demo
 fi
@@ -88,19 +93,26 @@ oldest=$(head -n 1 <<<"$all" | cut -d' ' -f2)
 newest=$(grep -E '^3\.1[1-2] ' <<<"$all" | tail -n 1 | cut -d' ' -f2)
 newest=${newest:-$oldest}
 mkdir -p .venv
-environment "$newest" test docs demo >.venv/newest &
-if [ "$newest" != "$oldest" ]; then OLDEST=$(environment "$oldest" test demo); fi
-wait $!
-NEWEST=$(<.venv/newest)
-export NEWEST OLDEST="${OLDEST:-$NEWEST}"
+NEWEST=$(environment "$newest" test)
+OLDEST=$(environment "$oldest" test)  # the same where there is one Python only
+export NEWEST OLDEST
 
-# The newest gets its build environment from pip, as users do. The oldest takes what is compiled then.
+# pip's downloads take one core, compiling takes what is left. The newest gets its build environment
+# from pip, as users do; the oldest takes what is compiled then.
+if [ "$NEWEST" != "$OLDEST" ]; then
+  install_needs "$OLDEST" test demo &
+  needs_oldest=$!
+fi
 install "$NEWEST" "$unoptimized" -C "build-dir=$PWD/build/newest"
-if [ "$newest" != "$oldest" ]; then
+install_needs "$NEWEST" test docs demo &
+needs_newest=$!
+if [ "$NEWEST" != "$OLDEST" ]; then
+  wait "$needs_oldest"
   isolation=()
   if command -v cmake ninja >/dev/null; then isolation=(--no-build-isolation); fi  # else pip gets them
   install "$OLDEST" "$unoptimized;JAX_EP_COMPILED=$PWD/build/newest" ${isolation[@]+"${isolation[@]}"}
 fi
+wait "$needs_newest"
 
 # Two at a time, as compiling, which is most of the work, takes one core; the longest first.
 rm -rf .venv/programs
