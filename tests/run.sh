@@ -109,7 +109,9 @@ needs_newest=$!
 if [ "$NEWEST" != "$OLDEST" ]; then
   wait "$needs_oldest"
   isolation=()
-  if command -v cmake ninja >/dev/null; then isolation=(--no-build-isolation); fi  # else pip gets them
+  if command -v cmake >/dev/null && command -v ninja >/dev/null; then  # else pip gets them
+    isolation=(--no-build-isolation)
+  fi
   install "$OLDEST" "$unoptimized;JAX_EP_COMPILED=$PWD/build/newest" ${isolation[@]+"${isolation[@]}"}
 fi
 wait "$needs_newest"
