@@ -48,6 +48,14 @@ __device__ __noinline__ inline void refuse_choice(Op op, int e, int E) {
   op.fail(Fault::kRouting, Phase::kRouting, op.me, e, E);
 }
 
+// Whether both choices of a word are experts, or none; otherwise one is refused.
+__device__ __forceinline__ bool accept(const Op& op, const Choices& choices, int E) {
+  auto bad = [E](int e) { return e < -1 || e >= E; };
+  if (!bad(choices.even) && !bad(choices.odd)) return true;
+  refuse_choice(op, bad(choices.even) ? choices.even : choices.odd, E);
+  return false;
+}
+
 // Whether to give up on the words of rank `source`, awaited since `start`.
 __device__ __noinline__ inline bool hopeless_words(Op op, int source, uint64_t start) {
   const uint64_t hello = load_relaxed(op.block(op.me).hello(plan_parity(op), source));
@@ -78,11 +86,9 @@ __device__ inline bool publish(const PlanParams& p, const PlanSizes& sizes, cons
       if (r != op.me) store_relaxed(op.block(r).hello(parity, op.me), op.tag);
     }
   }
-  auto bad = [E](int e) { return e < -1 || e >= E; };
   bool good = true;
   while (word < words) {
-    if (bad(choices.even) || bad(choices.odd)) {
-      refuse_choice(op, bad(choices.even) ? choices.even : choices.odd, E);
+    if (!accept(op, choices, E)) {
       good = false;
     } else {
       const uint64_t packed = make_word(tag, choices.even, choices.odd);

@@ -25,15 +25,12 @@ namespace jax_ep {
 // here, as the plan that follows could not tell other nodes.
 __device__ inline bool write_words(const Op& op, const int32_t* topk_idx, const Exchange& x,
                                    uint32_t tag, uint64_t* to) {
-  const int pairs = x.num_pairs(), E = x.num_experts, step = gridDim.x * blockDim.x;
-  auto bad = [E](int e) { return e < -1 || e >= E; };
+  const int pairs = x.num_pairs(), step = gridDim.x * blockDim.x;
   bool good = true;
   for (int w = blockIdx.x * blockDim.x + threadIdx.x; w < (pairs + 1) / 2; w += step) {
     const Choices choices = choices_of(topk_idx, pairs, w);
     to[w] = make_word(tag, choices.even, choices.odd);
-    if (!bad(choices.even) && !bad(choices.odd)) continue;
-    refuse_choice(op, bad(choices.even) ? choices.even : choices.odd, E);
-    good = false;
+    good &= accept(op, choices, x.num_experts);
   }
   return good;
 }
