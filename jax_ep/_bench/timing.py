@@ -4,8 +4,9 @@
 An operation runs in a jitted loop. Operands of one turn pass a barrier together with what the turn
 before computed, so that nothing is hoisted, and results pass one before a few elements are read, so
 that all of them are written: on GPUs XLA resolves these barriers after fusing, on CPUs before. A
-run costs the host up to a millisecond before and after, so the loop has many turns there. A row's median and p99 are over runs of the loop, so p99 is one of means over its turns; the slowest
-rank ends a run. Programs that are compared take turns, so that drifting clocks touch both alike.
+run costs the host up to a millisecond before and after, so the loop has many turns there. A row's
+median and p99 are over runs of the loop, so p99 is one of means over its turns; the slowest rank
+ends a run. Programs that are compared take turns, so that drifting clocks touch both alike.
 """
 
 import dataclasses
