@@ -132,7 +132,7 @@ def sum_replica_gradients(
     size = _fits("placement", placement, axis_name)
     extra = placement.num_slots - placement.num_experts
     if extra == 0:
-        return grads
+        return jax.tree.map(functools.partial(_slots_of_a_rank, "grads", size), grads)
     experts = _my_slots(placement.experts, size, axis_name)
     replicated = jnp.asarray(placement.replicas)[experts] > 1
     first = jnp.where(replicated, jnp.asarray(placement.slots)[experts, 0], -1)
@@ -215,10 +215,15 @@ def _by_blocks(function: Callable[[Array], Array], tree, name: str, size: int, t
     return jax.tree.map(functools.partial(_leaf_by_blocks, function, name, size, top_k), tree)
 
 
-def _leaf_by_blocks(function, name: str, size: int, top_k: int, leaf: Array) -> Array:
+def _slots_of_a_rank(name: str, size: int, leaf) -> Array:
     leaf = _check.array(name, leaf, dtypes=_check.TOKEN_DTYPES)
     if leaf.ndim < 1 or leaf.shape[0] != size:
         raise ValueError(f"{name}: expected shape [{size}, ...], a rank's slots, got {leaf.shape}")
+    return leaf
+
+
+def _leaf_by_blocks(function, name: str, size: int, top_k: int, leaf: Array) -> Array:
+    leaf = _slots_of_a_rank(name, size, leaf)
     flat = leaf.reshape(size, -1)
     columns = flat.shape[1]
     width = min(columns, _WIDTH)

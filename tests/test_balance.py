@@ -163,19 +163,24 @@ def on_ranks(function, *specs):
     [
         ("old: expected a placement on", lambda w, p: balance.move(w, other_ranks(), p)),
         ("new: expected 6 experts in .* as in old, got 4", lambda w, p: balance.move(w, p, of(4))),
-        (r"weights: expected shape \[3, ...\]", lambda w, p: balance.move(w[:2], p, p)),
-        (r"grads: expected shape \[3, ...\]", lambda w, p: balance.sum_replica_gradients(w[:1], p)),
+        (r"weights: expected shape \[7, ...\]", lambda w, p: balance.move(w[:2], p, p)),
+        (r"grads: expected shape \[7, ...\]", lambda w, p: balance.sum_replica_gradients(w[:1], p)),
         ("grads: expected dtype", lambda w, p: balance.sum_replica_gradients(w.astype(int), p)),
+        ("grads: expected dtype", lambda w, _: sum_without_replicas(w.astype(int))),
     ],
 )
 def test_bad_moves(message, call):
     error = TypeError if "dtype" in message else ValueError
     with pytest.raises(error, match=message):
-        on_ranks(lambda w: call(w, of(6)), P("expert"))(jnp.zeros((3 * ranks(), 2)))
+        on_ranks(lambda w: call(w, of(6)), P("expert"))(jnp.zeros((7 * ranks(), 2)))
+
+
+def sum_without_replicas(grads):
+    return balance.sum_replica_gradients(grads, of(7 * ranks()))
 
 
 def of(num_experts):
-    return balance.round_robin(num_experts, num_slots=3 * ranks(), num_ranks=ranks())
+    return balance.round_robin(num_experts, num_slots=7 * ranks(), num_ranks=ranks())
 
 
 def other_ranks():
@@ -250,28 +255,39 @@ def test_nothing_moves_without_replicas():
     np.testing.assert_array_equal(add(grads), grads)
 
 
-SIZES = rebalance.Sizes(
-    tokens=16, hidden=16, expert_hidden=8, num_experts=8, num_slots=16, skew=0.3, steps=3
-)
+MAKE_STEP = rebalance.make_step
+
+
+def small_sizes():
+    """Of the example, with one slot of a rank for replicas."""
+    return rebalance.Sizes(
+        tokens=16,
+        hidden=16,
+        expert_hidden=8,
+        num_experts=8,
+        num_slots=8 + ranks(),
+        skew=0.3,
+        steps=3,
+    )
 
 
 @functools.cache
 def compiled_step(num_ranks):
     """A step of the example without a capacity, which takes any placement; compiled once."""
-    mesh = make_mesh((num_ranks,))
-    start = balance.round_robin(SIZES.num_experts, num_slots=16, num_ranks=num_ranks)
-    state = rebalance.make_state(SIZES, start, mesh)
-    step = rebalance.make_step(SIZES, mesh, None)
-    return step.lower(state, start, *rebalance.batch(SIZES, mesh, 0)).compile()
+    mesh, sizes = make_mesh((num_ranks,)), small_sizes()
+    start = balance.round_robin(sizes.num_experts, num_slots=sizes.num_slots, num_ranks=num_ranks)
+    state = rebalance.make_state(sizes, start, mesh)
+    step = MAKE_STEP(sizes, mesh, None)
+    return step.lower(state, start, *rebalance.batch(sizes, mesh, 0)).compile()
 
 
-def dense_step(state, x, target):
+def dense_step(sizes, state, x, target):
     """The same without dispatch: every expert on every token, the unchosen ones times zero."""
 
     def loss(params):
         scores = jax.nn.sigmoid(x @ params["router"])
-        chosen = jax.lax.top_k(scores + SIZES.preference, SIZES.top_k)[1]
-        gates = jax.nn.one_hot(chosen, SIZES.num_experts).sum(1) * scores
+        chosen = jax.lax.top_k(scores + sizes.preference, sizes.top_k)[1]
+        gates = jax.nn.one_hot(chosen, sizes.num_experts).sum(1) * scores
         gates = gates / gates.sum(-1, keepdims=True)
         a, b = jnp.split(jnp.einsum("th,ehf->etf", x, params["experts"]["w_in"]), 2, -1)
         y = jnp.einsum("etf,efh->eth", jax.nn.silu(a) * b, params["experts"]["w_out"])
@@ -279,27 +295,29 @@ def dense_step(state, x, target):
 
     value, grads = jax.value_and_grad(loss)(state["params"])
     momentum = jax.tree.map(lambda m, g: 0.9 * m + g, state["momentum"], grads)
-    params = jax.tree.map(lambda p, m: p - SIZES.rate * m, state["params"], momentum)
+    params = jax.tree.map(lambda p, m: p - sizes.rate * m, state["params"], momentum)
     return {"params": params, "momentum": momentum}, value
 
 
 def test_training_with_replicas_is_training_without():
-    mesh, sizes = make_mesh(), dict(num_slots=16, num_ranks=ranks())
-    start = balance.round_robin(8, **sizes)
-    first = balance.solve(2.0 ** -np.arange(8), **sizes)
-    second = balance.solve(1.0 + np.arange(8) ** 2, **sizes)
+    mesh, sizes = make_mesh(), small_sizes()
+    slots = dict(num_slots=sizes.num_slots, num_ranks=ranks())
+    start = balance.round_robin(8, **slots)
+    first = balance.solve(2.0 ** -np.arange(8), **slots)
+    second = balance.solve(1.0 + np.arange(8) ** 2, **slots)
     assert (first.experts != start.experts).any() and (second.experts != first.experts).any()
-    state = rebalance.make_state(SIZES, start, mesh)
+    state = rebalance.make_state(sizes, start, mesh)
     dense = jax.tree.map(np.asarray, state)
     for tree in dense.values():
         tree["experts"] = {name: w[start.slots[:, 0]] for name, w in tree["experts"].items()}
-    got, want, now, without = [], [], start, jax.jit(dense_step)
+    got, want, now = [], [], start
+    without = jax.jit(functools.partial(dense_step, sizes))
     for placement in (start, first, second):
         state, now = rebalance.rebalance(state, now, placement, mesh), placement
-        for _ in range(SIZES.steps):
-            data = rebalance.batch(SIZES, mesh, len(got))
+        for _ in range(sizes.steps):
+            data = rebalance.batch(sizes, mesh, len(got))
             state, loss, load, dropped = compiled_step(ranks())(state, placement, *data)
-            assert dropped == 0 and load.sum() == ranks() * SIZES.tokens * SIZES.top_k
+            assert dropped == 0 and load.sum() == ranks() * sizes.tokens * sizes.top_k
             dense, value = without(dense, *map(np.asarray, data))
             got.append(float(loss))
             want.append(float(value))
@@ -314,16 +332,18 @@ def test_training_with_replicas_is_training_without():
 
 
 def test_example(capsys, monkeypatch):
-    factors = []
+    if ranks() == 1:
+        pytest.skip("one rank has nothing to balance")
+    factors, sizes = [], small_sizes()
 
-    def make_step(sizes, mesh, capacity_factor):
+    def make_step(_sizes, _mesh, capacity_factor):
         factors.append(capacity_factor)
         return compiled_step(ranks())
 
     monkeypatch.setattr(rebalance, "make_step", make_step)
     monkeypatch.setattr(jax, "device_count", ranks)
-    names = [field.name for field in dataclasses.fields(SIZES)]
-    options = [f"--{name.replace('_', '-')}={getattr(SIZES, name)}" for name in names]
+    names = [field.name for field in dataclasses.fields(sizes)]
+    options = [f"--{name.replace('_', '-')}={getattr(sizes, name)}" for name in names]
     assert rebalance.main(options) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[1].startswith("before") and out[2].startswith("after")
