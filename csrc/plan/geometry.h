@@ -25,9 +25,9 @@ struct Exchange {
 constexpr int kRowPadding = -1;  // row_pair of a row inside a segment that no pair owns
 constexpr int kRowTail = -2;     // row_pair of a row outside every segment
 
-JAX_EP_HD int ceil_div(int a, int b) { return (a + b - 1) / b; }
-JAX_EP_HD int min_int(int a, int b) { return a < b ? a : b; }
-JAX_EP_HD int max_int(int a, int b) { return a > b ? a : b; }
+JAX_EP_HD constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+JAX_EP_HD constexpr int min_int(int a, int b) { return a < b ? a : b; }
+JAX_EP_HD constexpr int max_int(int a, int b) { return a > b ? a : b; }
 
 // Tokens of one chunk: what is published by one flag. About 128 chunks, never more than `most`.
 JAX_EP_HD int chunk_tokens(int num_tokens, int most) {

@@ -3,17 +3,17 @@
 // plan.
 //
 //   topk_idx -> {choice, choice, tag} -> words[parity], in my arena        (all blocks, then meet)
-//   words[parity] -> routing[parity][me] of each rank of other nodes       (put)
-//                    hello[parity][me] there = the plan's tag              (its signal)
-//   await hello[parity][r] of each rank r of other nodes
+//   a piece of words[parity] -> routing[parity][me] of a rank of other nodes               (put)
+//                               routed[parity][me][piece] there = the plan's tag    (its signal)
+//   await routed[parity][r][piece] of each rank r of other nodes -> my hello[parity][r]
 //
 // Words and hellos are those of the plan (kernels/plan_exchange.cuh) and carry its tag. So the plan
 // that follows finds everything of other nodes complete, and is the same kernel as inside a node.
 //
 // Why no word is overwritten too early: rank s puts its next words of the same parity before its
-// plan n + 2, after it has awaited my hello of n + 1. I put that in an operation that begins when
-// my plan n has ended, which alone reads the words of n. The same hello says that the put of n had
-// reached me, as I had awaited its signal: so s may write `words` of that parity anew, too.
+// plan n + 2, after it has awaited my pieces of n + 1. I put them in an operation that begins when
+// my plan n has ended, which alone reads the words of n. The same pieces say that the puts of n had
+// reached me, as I had awaited their signals: so s may write `words` of that parity anew, too.
 #pragma once
 #include "../kernels/plan_exchange.cuh"
 #include "launch.h"
@@ -35,34 +35,51 @@ __device__ inline bool write_words(const Op& op, const int32_t* topk_idx, const 
   return good;
 }
 
+__device__ inline int ranks_of_other_nodes(const Op& op) { return op.R - op.call.peers.node_ranks; }
+
+__device__ inline RoutingPieces pieces_of(const Op& op, const Exchange& x) {
+  return RoutingPieces(ranks_of_other_nodes(op), (x.num_pairs() + 1) / 2);
+}
+
+// Offset of rank r's routed[parity] from the start of a control block.
+__device__ inline uint64_t routed_at(const NodeRouting& p, const Op& op, int most_pieces, int r) {
+  return p.at.routed + sizeof(uint64_t) * most_pieces * (size_t(plan_parity(op)) * op.R + r);
+}
+
 template <typename Transport>
 __device__ void put_words(const WithTransport<NodeRouting, Transport>& p, const Op& op,
                           uint64_t tag, const uint64_t* words) {
-  const Block mine = op.block(op.me);
+  const uint64_t* routing = op.block(op.me).routing(plan_parity(op), op.me);
   const char* base = op.call.peers.control[op.me];
-  const int parity = plan_parity(op), others = op.R - op.call.peers.node_ranks;
-  const size_t bytes = size_t(p.exchange.num_pairs() + 1) / 2 * sizeof(uint64_t);
-  const uint64_t to = reinterpret_cast<const char*>(mine.routing(parity, op.me)) - base;
-  const uint64_t hello = reinterpret_cast<const char*>(mine.hello(parity, op.me)) - base;
-  for (int i = blockIdx.x; i < others; i += gridDim.x) {
-    const int r = (op.node_last() + i) % op.R;  // the ranks behind my node first
-    p.transport.put_signal(Team::whole_block(), r, to, reinterpret_cast<const char*>(words), bytes,
-                           hello, tag);
+  const uint64_t to = reinterpret_cast<const char*>(routing) - base;
+  const int others = ranks_of_other_nodes(op), all = (p.exchange.num_pairs() + 1) / 2;
+  const RoutingPieces pieces = pieces_of(op, p.exchange);
+  const uint64_t routed = routed_at(p, op, pieces.most, op.me);
+  for (int i = blockIdx.x; i < others * pieces.count; i += gridDim.x) {
+    const int r = (op.node_last() + i % others) % op.R;  // the ranks behind my node first
+    const int piece = i / others, first = piece * pieces.words;
+    const int some = min_int(pieces.words, all - first);
+    p.transport.put_signal(Team::whole_block(), r, to + first * sizeof(uint64_t),
+                           reinterpret_cast<const char*>(words + first), some * sizeof(uint64_t),
+                           routed + piece * sizeof(uint64_t), tag);
   }
 }
 
-// By one block. False: give up.
+// By one block: every piece of every rank of other nodes, each by a thread, or the end of the
+// group.
 template <typename Transport>
-__device__ bool await_other_nodes(const WithTransport<NodeRouting, Transport>& p, const Op& op,
+__device__ void await_other_nodes(const WithTransport<NodeRouting, Transport>& p, const Op& op,
                                   uint64_t tag) {
-  bool here = true;
-  for (int r = threadIdx.x; r < op.R; r += blockDim.x) {
+  const RoutingPieces pieces = pieces_of(op, p.exchange);
+  for (int i = threadIdx.x; i < op.R * pieces.count; i += blockDim.x) {
+    const int r = i / pieces.count, piece = i % pieces.count;
     if (op.reaches(r)) continue;
-    const uint64_t* hello = op.block(op.me).hello(plan_parity(op), r);
-    here &= op.await(hello, tag, r, Phase::kRouting);
-    if (here) p.transport.receive(hello);
+    const char* routed = op.call.peers.control[op.me] + routed_at(p, op, pieces.most, r);
+    const uint64_t* word = reinterpret_cast<const uint64_t*>(routed) + piece;
+    if (!op.await(word, tag, r, Phase::kRouting)) continue;
+    p.transport.receive(word);
+    if (piece == 0) store_relaxed(op.block(op.me).hello(plan_parity(op), r), tag);
   }
-  return here;
 }
 
 template <typename Transport>

@@ -12,7 +12,7 @@
 namespace jax_ep {
 
 constexpr int kRoutingThreads = 512;
-constexpr int kRoutingBlocks = 8;  // at most
+constexpr int kRoutingBlocks = kMostPieces;  // at most
 
 template <typename Transport>
 __global__ void __launch_bounds__(kRoutingThreads, 1)

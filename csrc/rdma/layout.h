@@ -32,16 +32,30 @@ struct RingCounters {
 
 // Offsets from the start of the control block.
 struct RingLayout {
-  uint64_t counters, words, packed, arrived, credit, send, receive, filled, emptied, partials,
-      scalars, total;
+  uint64_t counters, words, routed, packed, arrived, credit, send, receive, filled, emptied,
+      partials, scalars, total;
   uint64_t slot_bytes;
   uint32_t slots, own_slots;  // of a ring between nodes, of one inside
 };
 
-constexpr int kRingFields = 11;
+constexpr int kRingFields = 12;
 constexpr int kMostChunkTokens = 256;
 constexpr int kMostChunkPairs = 1024;
 constexpr int kChunksOfFew = 8, kFewTokens = 16;
+
+// A rank's routing goes to each of `others` ranks of other nodes in pieces, a put each, so that
+// about kMostPieces puts are made at one time.
+constexpr int kMostPieces = 16;
+struct RoutingPieces {
+  int most;   // of any routing
+  int words;  // of a piece, but for the last one; whole Vecs
+  int count;
+
+  JAX_EP_HD constexpr RoutingPieces(int others, int all_words)
+      : most(max_int(1, kMostPieces / max_int(1, others))),
+        words(max_int(2, ceil_div(all_words, 2 * most) * 2)),
+        count(ceil_div(all_words, words)) {}
+};
 
 // The declaration of the layout: `visit(name, writer, bytes)` in order. Nothing goes to oneself.
 template <typename Visit>
@@ -52,6 +66,8 @@ constexpr void visit_rings(int nodes, int local_ranks, const RingSize& size, Vis
   const size_t ring = slots * size.slot_bytes, own_ring = own_slots * size.slot_bytes;
   visit("counters", "this rank", sizeof(RingCounters));
   visit("words", "this rank: its routing [parity][pair/2]", 2 * kMaxPairs / 2 * sizeof(uint64_t));
+  visit("routed", "rank r of another node: routed[parity][r][piece]",
+        2 * N * L * RoutingPieces((N - 1) * L, 0).most * sizeof(uint64_t));
   visit("packed", "this rank: messages to node n: packed[n][slot]", N * flags);
   visit("arrived", "rank of node n: arrived[n][slot]", N * flags);
   visit("credit", "rank of node n: credit[n][slot]", N * flags);
@@ -86,6 +102,7 @@ constexpr RingLayout ring_layout(int nodes, int local_ranks, const RingSize& siz
           offsets[8],
           offsets[9],
           offsets[10],
+          offsets[11],
           end,
           uint64_t(size.slot_bytes),
           uint32_t(size.slots_of(nodes - 1)),

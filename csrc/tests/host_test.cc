@@ -212,6 +212,17 @@ void ring_fields_do_not_overlap() {
   }
 }
 
+void pieces_hold_all_of_a_routing() {
+  for (int others : {1, 2, 7, 16, 17, 63}) {
+    for (int words : {1, 2, 3, 31, 32, 33, 12345, kMaxPairs / 2}) {
+      const RoutingPieces p(others, words);
+      EXPECT(p.words % 2 == 0 && p.count >= 1 && p.count <= p.most);
+      EXPECT(p.count * p.words >= words && (p.count - 1) * p.words < words);
+      EXPECT(p.most == 1 || p.most * others <= kMostPieces);
+    }
+  }
+}
+
 void stamps_tell_messages_apart() {
   const uint64_t tag = make_tag(5, 77, 0xabcdef);
   std::set<uint64_t> seen;
@@ -325,6 +336,7 @@ int main() {
   host_plan_is_a_bijection();
   default_sms_keep_up_with_memory_or_link();
   ring_fields_do_not_overlap();
+  pieces_hold_all_of_a_routing();
   stamps_tell_messages_apart();
   messages_fit_their_slots();
   every_block_has_a_role_between_nodes();

@@ -70,8 +70,7 @@ double median_us(RdmaWorld& w, Step step, int iterations) {
 int run(const Options& o) {
   const NodeCase n = make_case(o);
   RdmaWorld w(n, o.devices, 20, 0);
-  w.issue_all({Step::kPlan});
-  w.wait(60);
+  const double plan = median_us(w, Step::kPlan, o.iterations);
   const double dispatch = median_us(w, Step::kDispatch, o.iterations);
   const double combine = median_us(w, Step::kCombine, o.iterations);
   if (slots_for(n.c).tokens > 0) {
@@ -85,11 +84,11 @@ int run(const Options& o) {
   }
   std::printf(
       "%dx%d devices=%d T=%d H=%d K=%d E=%d %s sms=%d slots=%d slot_bytes=%d chunk=%d/%d "
-      "send=%d put=%d forward=%d gateway=%d: dispatch %.1f us, combine %.1f us\n",
+      "send=%d put=%d forward=%d gateway=%d: plan %.1f us, dispatch %.1f us, combine %.1f us\n",
       o.nodes, o.local, o.devices, o.tokens, o.hidden, o.top_k, o.experts, o.fp8 ? "fp8" : "bf16",
       o.sms, o.slots, n.rings.slot_bytes, dispatch_shape(n.c, n.rings.slot_bytes).chunk,
       combine_shape(n.c, n.rings.slot_bytes).chunk, o.percent.send, o.percent.put,
-      o.percent.forward, o.percent.gateway, dispatch, combine);
+      o.percent.forward, o.percent.gateway, plan, dispatch, combine);
   return 0;
 }
 

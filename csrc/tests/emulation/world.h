@@ -20,6 +20,13 @@ using Over = WithTransport<Params, EmulatedTransport>;
 
 constexpr int kRoutingThreads = 64, kRoutingBlocks = 2;
 
+// Whether the word of a pair of the group is here, as the plan may expect of other nodes.
+inline bool has_word(const Op& op, int pairs, int pair) {
+  const int source = pair / pairs;
+  const uint64_t* words = op.block(op.me).routing(plan_parity(op), source);
+  return op.reaches(source) || tag_of(words[pair % pairs / 2]) == word_tag(op.tag);
+}
+
 // The plan's exchange inside a node, and what it gathers: all of the group's choices, if nothing
 // went wrong. Its arrays come from the host.
 inline void emulate_plan(const PlanParams& p, const PlanSizes& sizes, int* gathered) {
@@ -31,8 +38,10 @@ inline void emulate_plan(const PlanParams& p, const PlanSizes& sizes, int* gathe
     bool done = true;
     for (int first = word / 32 * 32; done && first < all; first += 32 * warps) {
       int expert[kGathered];
+      const int pair = first + lane_id();
+      const bool early = pair < all && !has_word(op, sizes.pairs, pair);
       done = gather(p, sizes, op, first, min_int(first + 32, all), expert);
-      if (first + lane_id() < all) gathered[first + lane_id()] = expert[0];
+      if (pair < all) gathered[pair] = early ? -3 : expert[0];
     }
     if (done && blockIdx.x == 0) done = await_hellos(op);
     op.meet(done && sent);
