@@ -95,10 +95,12 @@ def start(
     elements = [world.processes.index(d.process_index) for d in group]
     is_new, problems = False, []
     try:
+        _rdma.check()  # the next call waits for this process's GPU
         address = world.address + piece.offset
         is_new = _ffi.make_node_group(
             piece.key, devices, address, L, elements, piece.rings, piece.slots
-        )
+        )  # kernels of an earlier generation have ended here
+        _rdma.quiet()  # so has what they put, before anybody's memory is zero
     except RuntimeError as error:  # the others wait for this process's word
         problems.append(str(error))
     meeting = _rendezvous.Meeting(f"{piece.key}/{generation}", group)
@@ -113,6 +115,6 @@ def start(
             f"{piece.key}/{generation}/from {first}", group[first : first + L]
         )
         _rendezvous.share_memory(at_node, piece.key, devices, attach=is_new)
-    meeting.barrier("attached")  # nobody's kernel of an earlier generation runs
+    meeting.barrier("attached")  # nobody's kernel of an earlier generation runs, nor do its puts
     _ffi.start_group(name, piece.key, generation, timeout_s, sharing)
     meeting.barrier("started")  # nobody's kernel runs before every block and ring is zero

@@ -25,6 +25,9 @@ _log = logging.getLogger("jax_ep")
 #: For each collective call of NVSHMEM; others wait twice as long for its outcome.
 STEP_TIMEOUT_S = SETUP_TIMEOUT_S / 2
 SMOKE_TIMEOUT_S = 10.0
+#: For puts and signals on their way. A NIC gives one up after half a minute: NVSHMEM has it try 8
+#: times, for 4.3 s each (`timeout` 20, `retry_cnt` 7 of its queue pairs).
+QUIET_TIMEOUT_S = STEP_TIMEOUT_S
 
 
 @dataclasses.dataclass
@@ -56,6 +59,7 @@ class _State:
     world: World | None = None
     rounds = 0  # of start, counted alike in every process
     ended = ""  # how NVSHMEM ended here, which starts once in a process
+    stuck = ""  # why `quiet` failed; its kernel may be on the GPU from then on
 
 
 def world() -> World | None:
@@ -122,6 +126,33 @@ def start(devices: list[Device], hosts: dict[int, str], rdma: Rdma) -> World:
     return _State.world
 
 
+def check() -> None:
+    """Call it before waiting for this process's GPU, where `quiet` may have left a kernel.
+
+    Raises:
+        RuntimeError: `quiet` has failed here.
+    """
+    if _State.stuck:
+        raise RuntimeError(f"expected a new process, as puts of this one stay: {_State.stuck}")
+
+
+def quiet() -> None:
+    """Wait until puts and signals of kernels that have ended here are over at their destinations.
+
+    A kernel ends before a NIC has delivered what it has issued. Every process calls this before
+    they meet and take memory for something new, so that nothing old arrives there.
+
+    Raises:
+        RuntimeError: it took longer than `QUIET_TIMEOUT_S`; NVSHMEM is of no use here any more.
+    """
+    ext: Any = _ffi.rdma()
+    try:
+        ext.rdma_quiet(QUIET_TIMEOUT_S)
+    except RuntimeError as error:
+        _State.stuck = str(error)
+        raise
+
+
 def stop(dead: str = "") -> None:
     """Stop NVSHMEM and free the arena, in all its processes together; without a world, nothing.
 
@@ -133,6 +164,7 @@ def stop(dead: str = "") -> None:
     if known is None:
         return
     ext: Any = _ffi.rdma()
+    dead = dead or _State.stuck
 
     def free_and_stop():
         ext.rdma_release(known.address)

@@ -4,6 +4,7 @@
 import itertools
 import pathlib
 import threading
+import time
 import types
 from typing import Any
 
@@ -102,6 +103,9 @@ class Processes:
         self.facts, self.changed = {}, threading.Condition()
         self.log = {p: [] for p in range(4)}
         self.broken = {}  # what a process fails to make
+        self.stuck = {}  # why a process's GPU cannot be waited for
+        self.unquiet = {}  # why a process's puts do not end
+        self.quiet = set()  # processes whose puts have ended
         self.offsets = dict.fromkeys(range(4), 512)
         me = threading.local()
         processes = self
@@ -140,13 +144,26 @@ class Processes:
             processes.log[me.rank].append("made")
             return True
 
+        def check():
+            if me.rank in processes.stuck:
+                raise RuntimeError(processes.stuck[me.rank])
+
+        def quiet():
+            if me.rank in processes.unquiet:
+                raise RuntimeError(processes.unquiet[me.rank])
+            processes.log[me.rank].append("quiet")
+            time.sleep(0.1 * me.rank)  # the others wait
+            processes.quiet.add(me.rank)
+
         def started(*args):
             assert args == ("signature", "key", 2, 3.0, 1)
+            assert processes.quiet == {0, 1, 2, 3}
             processes.log[me.rank].append("begun")
 
         ffi = types.SimpleNamespace(make_node_group=make, start_group=started)
         meet = types.SimpleNamespace(Meeting=Meeting, share_memory=share_memory)
         monkeypatch.setattr(_nodes, "_ffi", ffi)
+        monkeypatch.setattr(_nodes, "_rdma", types.SimpleNamespace(check=check, quiet=quiet))
         monkeypatch.setattr(_nodes, "_rendezvous", meet)
         monkeypatch.setattr(_nodes, "jax", types.SimpleNamespace(process_index=lambda: me.rank))
         self.me = me
@@ -178,7 +195,7 @@ def test_start(monkeypatch):
     processes = Processes(monkeypatch)
     assert processes.start() == [None] * 4
     assert set(map(tuple, processes.log.values())) == {
-        ("made", "shared", "attached", "begun", "started")
+        ("made", "quiet", "shared", "attached", "begun", "started")
     }
 
 
@@ -187,6 +204,12 @@ def test_what_goes_wrong_in_one_is_an_error_in_all(monkeypatch):
     processes.broken[2] = "expected NVLink between all GPUs of a node"
     for error in processes.start():
         assert isinstance(error, RuntimeError) and "process 2: expected NVLink" in str(error), error
+    for wrong in ("stuck", "unquiet"):
+        processes = Processes(monkeypatch)
+        getattr(processes, wrong)[3] = "NVSHMEM: expected all puts to be over"
+        for error in processes.start():
+            assert isinstance(error, RuntimeError) and "process 3: NVSHMEM" in str(error), error
+        assert ("made" in processes.log[3]) == (wrong == "unquiet")
     processes = Processes(monkeypatch)
     processes.offsets[1] = 1024
     for error in processes.start():

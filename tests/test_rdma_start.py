@@ -201,6 +201,22 @@ def test_a_rank_that_hangs_is_named(hasty_ranks):
     assert all("process 2 on b: NVSHMEM (allocated): expected an end" in str(e) for e in errors)
 
 
+def test_puts_that_do_not_end_need_a_new_process(ranks, caplog):
+    def fail():
+        raise RuntimeError("NVSHMEM: expected all puts")
+
+    ranks.start()
+    ranks.nvshmem[1].wrong["quiet"] = fail
+    quieted = ranks.together(lambda r, m: m.quiet())
+    assert [type(outcome) for outcome in quieted] == [type(None), RuntimeError, type(None)]
+    assert [n.called[-1] for n in ranks.nvshmem] == ["quiet"] * 3
+    checked = ranks.together(lambda r, m: m.check())
+    assert checked[0] is checked[2] is None
+    assert "expected a new process" in str(checked[1]) and "all puts" in str(checked[1])
+    ranks.modules[1].stop()  # does not wait for a GPU that may be busy for ever
+    assert ranks.nvshmem[1].called[-1] == "quiet" and "was not stopped: NVSHMEM" in caplog.text
+
+
 def test_stop_leaves_nvshmem_when_a_rank_is_gone(hasty_ranks, caplog):
     hasty_ranks.start()
     hasty_ranks.together(lambda r, m: m.stop() if r else None)

@@ -62,6 +62,8 @@ void smoke(uint64_t words, int rank, int num_ranks, uint64_t value, double timeo
       rdma_library().smoke(reinterpret_cast<uint64_t*>(words), rank, num_ranks, value, timeout_s));
 }
 
+void quiet(double timeout_s) { require_rdma(rdma_library().quiet(timeout_s)); }
+
 nb::tuple free_memory(int device) {
   size_t free = 0, total = 0;
   int before = 0;
@@ -109,6 +111,7 @@ void define_rdma(nb::module_& m) {
       no_gil, "Collective: free them.");
   m.def("rdma_peer", &peer, "Where an address of the arena lies on a rank; 0: out of reach.");
   m.def("rdma_smoke", &smoke, no_gil, "Collective: pass a word to the next rank.");
+  m.def("rdma_quiet", &quiet, no_gil, "Wait until this rank's puts and signals have arrived.");
   m.def("free_memory", &free_memory, "Free and total bytes of a CUDA device.");
   m.def("can_access_peer", &can_access_peer, "Whether a CUDA device addresses another's memory.");
   m.def("driver_cuda", &driver_cuda, "CUDA version of the driver, 1000 major + 10 minor.");

@@ -7,8 +7,10 @@
 #include <device/nvshmemx_defines.h>
 #include <host/nvshmemx_api.h>
 
+#include <chrono>
 #include <cstring>
 #include <string>
+#include <thread>
 
 #include "../device/ptx.cuh"
 #include "library.h"
@@ -148,6 +150,39 @@ const char* smoke(uint64_t* words, int rank, int num_ranks, uint64_t value, doub
                          : " within " + std::to_string(timeout_s) + " s, got nothing"));
 }
 
+// Not nvshmemx_quiet_on_stream, which says nothing of a launch that fails, and whose kernel, of the
+// NVSHMEM that was loaded, may look for what is under way elsewhere than this device code notes it.
+__global__ void await_puts() { nvshmem_quiet(); }
+
+cudaError_t query(cudaStream_t stream) {
+  const cudaError_t error = cudaStreamQuery(stream);
+  if (error == cudaErrorNotReady) cudaGetLastError();  // no failure, but kept as one
+  return error;
+}
+
+const char* quiet(double timeout_s) {
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point start = Clock::now();
+  if (const char* failure = select_device()) return failure;
+  cudaStream_t stream;
+  cudaError_t error = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
+  if (error != cudaSuccess) return failed("cudaStreamCreateWithFlags", error);
+  await_puts<<<1, 1, 0, stream>>>();
+  error = cudaGetLastError();
+  if (error == cudaSuccess) error = query(stream);
+  while (error == cudaErrorNotReady) {
+    if (Clock::now() - start > std::chrono::duration<double>(timeout_s)) {
+      // The stream stays with its kernel, which may never end.
+      return failed("expected all puts and signals of this rank to be over within " +
+                    std::to_string(timeout_s) + " s, got some that are not");
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(100));
+    error = query(stream);
+  }
+  cudaStreamDestroy(stream);
+  return error == cudaSuccess ? nullptr : failed("waiting for puts and signals", error);
+}
+
 cudaError_t load_kernels() {
   for (auto* load : {load_node_kernels, load_node_slot_dispatch, load_node_slot_combine}) {
     const cudaError_t error = load();
@@ -167,6 +202,7 @@ constexpr Table kTable = {
     release,
     peer,
     smoke,
+    quiet,
     load_kernels,
     launch_node_routing,
     launch_node_dispatch,

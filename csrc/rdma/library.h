@@ -13,7 +13,7 @@ namespace jax_ep::rdma {
 
 // Grows with every change of `Table` and of what its functions take; the extension refuses another
 // number.
-constexpr int kTableVersion = 5;
+constexpr int kTableVersion = 6;
 
 constexpr size_t kUniqueIdBytes = 128;
 
@@ -56,6 +56,11 @@ struct Table {
   // of the rank before. `words`: kSmokeWords in the arena, which no earlier call was given. An
   // error if none, or a wrong one, came within `timeout_s`.
   const char* (*smoke)(uint64_t* words, int rank, int num_ranks, uint64_t value, double timeout_s);
+
+  // Waits until every put and signal of kernels that have ended here is over at its destination. An
+  // error if that takes longer than `timeout_s`: a kernel then goes on waiting on the GPU, and so
+  // would whoever synchronises it.
+  const char* (*quiet)(double timeout_s);
 
   // The kernels between nodes, of launch.h. Errors as CUDA has them.
   cudaError_t (*load_kernels)();
