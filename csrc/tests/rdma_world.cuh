@@ -100,7 +100,7 @@ class RdmaWorld {
   ~RdmaWorld() {
     graphs_.clear();
     for (int r = 0; r < R_; ++r) {
-      cudaSetDevice(r % devices_);
+      cudaSetDevice(device(r));
       cudaStreamDestroy(streams_[r]);
     }
     for (void* p : memory_) cudaFree(p);
@@ -110,7 +110,7 @@ class RdmaWorld {
   RdmaWorld& operator=(const RdmaWorld&) = delete;
 
   void issue(int r, Step step) {
-    require(cudaSetDevice(r % devices_), "cudaSetDevice");
+    require(cudaSetDevice(device(r)), "cudaSetDevice");
     const Launch how{n_.blocks, streams_[r], 0};
     if (step >= Step::kSmallDispatch) {
       issue_small(r, step, how);
@@ -134,14 +134,14 @@ class RdmaWorld {
   void issue_all(const std::vector<Step>& steps, bool as_graph = false) {
     if (as_graph && graphs_.empty()) {
       for (int r = 0; r < R_; ++r) {
-        require(cudaSetDevice(r % devices_), "cudaSetDevice");
+        require(cudaSetDevice(device(r)), "cudaSetDevice");
         graphs_.push_back(std::make_unique<Replay>(streams_[r], [&] {
           for (Step step : steps) issue(r, step);
         }));
       }
     }
     for (int r = 0; r < R_; ++r) {
-      require(cudaSetDevice(r % devices_), "cudaSetDevice");
+      require(cudaSetDevice(device(r)), "cudaSetDevice");
       if (as_graph) graphs_[r]->launch(streams_[r]);
       for (Step step : steps) {
         if (!as_graph) issue(r, step);
@@ -149,15 +149,18 @@ class RdmaWorld {
     }
   }
 
-  // Wait until all of it has ended; its seconds. Throws if that takes more than `most_s`, as then
-  // kernels hang.
+  int device(int r) const { return r % devices_; }
+  cudaStream_t stream(int r) const { return streams_[r]; }
+
+  // Wait until all of it has ended; the seconds of that. Throws if they are more than `most_s`, as
+  // then kernels hang.
   double wait(double most_s) {
     const auto start = std::chrono::steady_clock::now();
     auto seconds = [&] {
       return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     };
     for (int r = 0; r < R_; ++r) {
-      require(cudaSetDevice(r % devices_), "cudaSetDevice");
+      require(cudaSetDevice(device(r)), "cudaSetDevice");
       cudaError_t state;
       while ((state = cudaStreamQuery(streams_[r])) == cudaErrorNotReady) {
         if (seconds() > most_s) throw std::runtime_error("rank " + std::to_string(r) + " hangs");
@@ -170,7 +173,7 @@ class RdmaWorld {
   template <typename T>
   std::vector<T> host(int r, const T* p, size_t count) const {
     std::vector<T> h(count);
-    require(cudaSetDevice(r % devices_), "cudaSetDevice");
+    require(cudaSetDevice(device(r)), "cudaSetDevice");
     require(cudaMemcpy(h.data(), p, count * sizeof(T), cudaMemcpyDeviceToHost), "cudaMemcpy");
     return h;
   }
@@ -178,7 +181,7 @@ class RdmaWorld {
     require(cudaMemcpy(to, from, bytes, cudaMemcpyHostToDevice), "cudaMemcpy");
   }
   void poison(int r, void* p, size_t bytes) const {
-    require(cudaSetDevice(r % devices_), "cudaSetDevice");
+    require(cudaSetDevice(device(r)), "cudaSetDevice");
     require(cudaMemset(p, 0xff, bytes), "cudaMemset");
     require(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
   }
@@ -205,7 +208,7 @@ class RdmaWorld {
   }
   void* allocate(int r, size_t bytes, int value) {
     void* p = nullptr;
-    require(cudaSetDevice(r % devices_), "cudaSetDevice");
+    require(cudaSetDevice(device(r)), "cudaSetDevice");
     require(cudaMalloc(&p, bytes + 16), "cudaMalloc");
     memory_.push_back(p);
     require(cudaMemset(p, value, bytes + 16), "cudaMemset");
