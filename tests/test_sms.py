@@ -14,18 +14,18 @@ pytestmark = pytest.mark.skipif(
 
 def test_info_says_the_rule_without_a_gpu():
     (rule,) = _sms.rule()
-    assert "at 67 and 38 GB/s through memory an SM, times 1.25; plan" in rule
+    assert "at 67 and 57 GB/s through memory an SM, times 1.25; plan" in rule
     assert _info.default_sms([]) == [rule]
 
 
 def test_a_gpu_is_described_by_what_it_says_of_itself():
     assert _sms.of_gpu("H100", H100, num_ranks=2, top_k=8) == (
-        "H100: 132 SMs, memory 3352 GB/s, links 478 GB/s: dispatch 63, combine 111 (R=2, K=8)"
+        "H100: 132 SMs, memory 3352 GB/s, links 478 GB/s: dispatch 63, combine 74 (R=2, K=8)"
     )
     silent = _sms.of_gpu("new", (100, 0.0, 0.0), num_ranks=2, top_k=8)
     assert "memory unknown, links unknown: dispatch 100, combine 100" in silent
     bound_by_links = _ffi.default_sms(H100, 8, 8)
-    assert bound_by_links["dispatch"] < 63 and bound_by_links["combine"] < 111
+    assert bound_by_links["dispatch"] < 63 and bound_by_links["combine"] < 74
 
 
 @pytest.mark.gpu

@@ -13,8 +13,8 @@
 // In a block (combine_parts.cuh), everything that is added comes through a ring of rows in shared
 // memory, wherever it lies:
 //
-//   producer -- y, partials by bulk copies --> ring --> consumers --> partials on s, out
-//                                                           '--> signaller --> done on s
+//   finder --> filler -- y, partials by bulk copies --> ring --> consumers --> partials on s, out
+//                                                                    '--> signaller --> done on s
 //
 // Products are rounded to float32 before they are added, partials to y's type, the own one too: the
 // same bits whatever the number of blocks. A token's slot for rank r is the number of ranks below
@@ -25,15 +25,15 @@
 //
 //   e4m3 [H]   float32 scales [H/128]   nothing, up to a multiple of 128 bytes
 #include "combine_consumer.cuh"
-#include "combine_producer.cuh"
+#include "combine_finder.cuh"
 #include "combine_signaller.cuh"
 
 namespace jax_ep {
 namespace {
 
-constexpr int kWirePercent = 50;        // of blocks
-constexpr int kItemsPerBlock = 2;       // of local work, at least, if rows can be cut
-constexpr int kOtherShared = 8 * 1024;  // bytes of shared memory beside the rows of the ring
+constexpr int kWirePercent = 50;         // of blocks
+constexpr int kItemsPerBlock = 2;        // of local work, at least, if rows can be cut
+constexpr int kOtherShared = 12 * 1024;  // bytes of shared memory beside the rows of the ring
 
 // How rows are cut, into pieces that fit a slot of the ring.
 __device__ Cut cut_for(int vecs, int tokens, int blocks) {
@@ -64,6 +64,7 @@ template <typename T, bool kFp8>
 __device__ void play_roles(const Body& b) {
   extern __shared__ __align__(128) Vec rows[];
   __shared__ RingState state;
+  __shared__ Orders orders;
   __shared__ Pushes pushes;
   __shared__ Borrowed peers;
   const int warp = threadIdx.x / 32;
@@ -72,16 +73,19 @@ __device__ void play_roles(const Body& b) {
   if (blockIdx.x == 0) lend_outputs(b.op);
   if (warp == kFirstConsumer) {
     ring.init(kConsumerWarps);
+    orders.init();
     pushes.init();
   }
   __syncthreads();
   if (wire && !borrow_outputs(b.op, peers)) return;
-  if (warp == kProducerWarp) {
-    Producer producer(b, ring, peers, pushes);
-    if (!wire || producer.push_partials()) producer.sum_tokens();
-    producer.stop();
+  if (warp == kFinderWarp) {
+    Finder finder(b, orders, peers, pushes);
+    if (!wire || finder.push_partials()) finder.sum_tokens();
+    finder.stop();
+  } else if (warp == kFillerWarp) {
+    fill_ring(ring, OrderQueue(orders));
   } else if (warp == kSignallerWarp) {
-    if (wire) signal_pushes(b.op, pushes);
+    if (wire) signal_pushes(b, pushes);
   } else {
     Consumer<T, kFp8>(b, ring, pushes).run();
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // combine's consumers: each thread adds up its columns of the rows that come through the ring. They
-// share nothing with each other and wait for nobody but the producer.
+// share nothing with each other and wait for nobody but the filler.
 #pragma once
 #include "../device/rows.cuh"
 #include "combine_parts.cuh"
@@ -24,7 +24,7 @@ class Consumer {
     }
   }
 
-  // All rows that the producer sends. What lies in a slot behind its row is added too, to columns
+  // All rows that the filler sends. What lies in a slot behind its row is added too, to columns
   // that are never stored.
   __device__ __forceinline__ void run() {
     for (;;) {

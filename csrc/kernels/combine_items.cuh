@@ -1,14 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Items on their way into combine's producer: drawn in runs, then their rows are looked up, then
+// Items on their way into combine's finder: drawn in runs, then their rows are looked up, then
 // the rows' weights, each step while the ring takes an earlier batch.
 #pragma once
 #include "combine_parts.cuh"
 
 namespace jax_ep {
 
-// Of the rows of a batch, about: what hides a look-up. Few blocks are bound by their producers, and
+// Of the rows of a batch, about: what hides a look-up. Few blocks are bound by their finders, and
 // these by what a batch costs: fewer, larger ones.
-constexpr int kFewBlocks = 96;
+constexpr int kFewBlocks = 80;
 constexpr int kBatchBytes = 64 << 10, kBatchBytesOfFew = 128 << 10;
 constexpr int kRunsPerBlock = 4;  // of the items that are left, at least
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the roles of one of combine's blocks tell each other, in shared memory.
 //
-//   warp 0    producer   items -> rows, notes -> the ring                 (combine_producer.cuh)
-//   warp 1    signaller  items that are pushed -> counts, done flags      (combine_signaller.cuh)
+//   warp 0    signaller  items that are pushed -> counts, done flags      (combine_signaller.cuh)
+//   warp 1    finder     items -> rows and notes: orders                  (combine_finder.cuh)
+//   warp 2    filler     orders -> the ring, whose producer it is         (combine_orders.cuh)
 //   others    consumers  the ring -> sums -> partials on peers, results   (combine_consumer.cuh)
 //
 // An item is one segment of one token for one source. Consumers know no items: a note says what to
@@ -13,9 +14,12 @@
 
 namespace jax_ep {
 
-constexpr int kProducerWarp = 0;
-constexpr int kSignallerWarp = 1;
-constexpr int kFirstConsumer = 2;
+// Warps share the four schedulers of an SM in turn: the first has four consumers beside the
+// signaller, which mostly waits; those of the finder and the filler have three.
+constexpr int kSignallerWarp = 0;
+constexpr int kFinderWarp = 1;
+constexpr int kFillerWarp = 2;
+constexpr int kFirstConsumer = 3;
 constexpr int kConsumerWarps = 14;
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kCombineThreads = 32 * kFirstConsumer + kConsumers;
@@ -40,16 +44,15 @@ static_assert(kMostSegmentVecs < kFp8Row);
 
 __device__ __forceinline__ int vecs_of(const Note& note) { return note.what % kFp8Row; }
 
-// Items to push, from the producer to the signaller by way of the consumers.
+// Items to push, from the finder to the signaller by way of the consumers.
 constexpr int kPlaces = 16;
 struct Pushed {
-  int chunk;
-  int source;
-  uint32_t items;  // of the chunk, for this source; 0: the last entry
+  int token;
+  int source;  // -1: the last entry
 };
 
 struct Pushes {               // in shared memory
-  Pushed entry[kPlaces];      // by the producer, before the note that names it
+  Pushed entry[kPlaces];      // by the finder, before the note that names it
   char* scales[kPlaces];      // with the entry: where the partial's go, if it travels as FP8
   uint64_t stored[kPlaces];   // one arrival of each consumer warp, after its pushes of the item
   uint64_t counted[kPlaces];  // by the signaller, which has read the entry: free again

@@ -16,17 +16,20 @@
 namespace jax_ep {
 
 // By one lane: count one item. The next operation finds the count at zero.
-__device__ __forceinline__ void count_item(const Op& op, const Pushed& item) {
-  uint32_t* pushed = op.block(op.me).pushed(item.source, item.chunk);
-  if (add_acq_rel_gpu(pushed, 1) + 1 != item.items) return;
+__device__ __forceinline__ void count_item(const Body& b, const Pushed& item) {
+  const Op& op = b.op;
+  const int chunk = item.token / b.chunk;
+  const int tokens = min_int(b.chunk, b.p.exchange.num_tokens - chunk * b.chunk);
+  uint32_t* pushed = op.block(op.me).pushed(item.source, chunk);
+  if (add_acq_rel_gpu(pushed, 1) + 1 != uint32_t(tokens * b.cut.segments)) return;
   *pushed = 0;
-  store_release_sys(op.block(item.source).done(op.me, item.chunk), op.tag);
+  store_release_sys(op.block(item.source).done(op.me, chunk), op.tag);
   stamp(op.call, Stamp::kPushed);
 }
 
 // By the signaller's warp, until the entry that ends the pushes: items in order, as many at a time
 // as are there, one a lane.
-__device__ inline void signal_pushes(const Op& op, Pushes& pushes) {
+__device__ inline void signal_pushes(const Body& b, Pushes& pushes) {
   const uint32_t stored = shared_address(pushes.stored), counted = shared_address(pushes.counted);
   bool last = false;
   for (uint32_t next = 0; !last;) {
@@ -38,8 +41,8 @@ __device__ inline void signal_pushes(const Op& op, Pushes& pushes) {
     if (lane_id() < count) {
       const Pushed item = pushes.entry[place];
       arrive(counted + place * 8);
-      last = item.items == 0;
-      if (!last) count_item(op, item);
+      last = item.source < 0;
+      if (!last) count_item(b, item);
     }
     last = __any_sync(kAllLanes, last);
     next += count;

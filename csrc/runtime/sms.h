@@ -24,7 +24,7 @@ struct Demand {
 };
 
 // Measured with 24 SMs, where SMs bind and not the memory: docs/performance.md, "SMs".
-constexpr double kDispatchGbsPerSm = 67, kCombineGbsPerSm = 38;
+constexpr double kDispatchGbsPerSm = 67, kCombineGbsPerSm = 57;
 
 // More SMs than exactly keep up: near that point neither SMs nor the memory are always busy.
 constexpr double kSpareSms = 1.25;

@@ -173,7 +173,7 @@ void default_sms_keep_up_with_memory_or_link() {
   EXPECT(std::abs(rows.memory - 11) < 0.05 && std::abs(rows.link - 1) < 0.05);
   EXPECT(std::abs(sums.memory - 11) < 0.05 && std::abs(sums.link - 1) < 0.05);
   EXPECT(default_sms(h100, rows) == 63);      // 1.25 * 3352 / 67 = 62.5: memory binds
-  EXPECT(default_sms(h100, sums) == 111);     // 1.25 * 3352 / 38 = 110.3
+  EXPECT(default_sms(h100, sums) == 74);      // 1.25 * 3352 / 57 = 73.5
   EXPECT(default_sms(slow_link, rows) == 5);  // 1.25 * 20 * 11 / 67 = 4.1
   EXPECT(default_sms({16, 3352, 478}, rows) == 16);
   EXPECT(default_sms(silent, rows) == 132 && default_sms(h100, Demand{}) == 132);

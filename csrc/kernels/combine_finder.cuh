@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// combine's producer: turns items into rows and notes, in the order in which consumers add.
+// combine's finder: turns items into rows and notes, in the order in which consumers add.
 //
 //   to push   my rows of the token; the last one with: store to the source's partial, tell the
 //             signaller
@@ -7,10 +7,11 @@
 //             await the chunk, then the partials of other ranks, in rank order; mine is added where
 //             my rank is; the last one with: store to the result
 //
-// An item without any row has a note without a row. Scalars are stored by the producer itself,
-// before its lanes arrive at the ring: so they are published with the item.
+// An item without any row has a note without a row. Scalars are stored by the finder itself, before
+// it gives the item's orders: so they are published with the item.
 #pragma once
 #include "combine_items.cuh"
+#include "combine_orders.cuh"
 
 namespace jax_ep {
 
@@ -28,13 +29,13 @@ __device__ __forceinline__ int count_below(uint64_t set, int rank) {
   return __popcll(set & ((uint64_t(1) << rank) - 1));
 }
 
-class Producer {
+class Finder {
  public:
-  __device__ Producer(const Body& body, const Ring& ring, const Borrowed& peers, Pushes& pushes)
+  __device__ Finder(const Body& body, Orders& orders, const Borrowed& peers, Pushes& pushes)
       : b(body),
         p(body.p),
         lane_(body.p.exchange.top_k),
-        ring_(ring),
+        queue_(orders),
         peers_(peers),
         pushes_(pushes),
         counted_(shared_address(pushes.counted)) {}
@@ -68,7 +69,7 @@ class Producer {
         [&](const Batch& batch) { return sum(batch); });
   }
 
-  __device__ void stop() { ring_.put(lane_id(), 1, Note{0.0f, kStop, nullptr}, {}); }
+  __device__ void stop() { queue_.put(lane_id(), 1, Note{0.0f, kStop, nullptr}, {}); }
 
  private:
   // All notes of a batch at once.
@@ -78,7 +79,7 @@ class Producer {
           batch.pair - size_t(batch.source) * p.exchange.num_tokens * p.exchange.top_k;
       reinterpret_cast<float*>(peers_.output[batch.source][kScalars])[pair] = batch.scalar;
     }
-    __syncwarp();  // all scalars before any lane's arrival at the ring
+    __syncwarp();  // all scalars before the orders
     const bool has_row = batch.row >= 0 && b.vecs > 0;
     const int rows = __popc(__ballot_sync(kAllLanes, has_row) & lane_.lanes);
     const int notes = max_int(1, rows);  // of the item
@@ -95,8 +96,8 @@ class Producer {
       note.what |= (note.to == nullptr ? kClear : kStore) | kTell | place << kPlaceShift;
     }
     told_ += batch.count;
-    ring_.put(has_note ? __popc(all & ((1u << lane_id()) - 1)) : -1, __popc(all), note,
-              has_row ? row_of(batch) : Piece{});
+    queue_.put(has_note ? __popc(all & ((1u << lane_id()) - 1)) : -1, __popc(all), note,
+               has_row ? row_of(batch) : Piece{});
     return !__any_sync(kAllLanes, batch.broken != 0);
   }
 
@@ -142,7 +143,8 @@ class Producer {
       if (rows > 0 && before_own == 0) last |= kAddOwn;
       if (partials == 0) last |= kStore;
       const Note note{batch.weight, lane_.k == own - 1 ? vecs | last : vecs, to};
-      ring_.put(mine && lane_.k < own ? lane_.k : -1, own, note, has_row ? row_of(batch) : Piece{});
+      queue_.put(mine && lane_.k < own ? lane_.k : -1, own, note,
+                 has_row ? row_of(batch) : Piece{});
     }
     if (!await_arrivals(t)) return false;
     for (int rank = lane_id(); rank - lane_id() < b.op.R && partials > 0; rank += 32) {
@@ -154,9 +156,9 @@ class Producer {
       if (order == partials - 1) note.what |= kStore;
       if (b.fp8()) note.what |= kFp8Row;
       const char* partial = p.partials + slot * b.partial_bytes();
-      ring_.put(kept >> rank & 1 ? order - earlier : -1, some, note,
-                {partial + b.values_at(segment), int(vecs) * b.wire_bytes},
-                b.fp8() ? Piece{partial + b.scales_at(segment), b.scale_bytes(vecs)} : Piece{});
+      queue_.put(kept >> rank & 1 ? order - earlier : -1, some, note,
+                 {partial + b.values_at(segment), int(vecs) * b.wire_bytes},
+                 b.fp8() ? Piece{partial + b.scales_at(segment), b.scale_bytes(vecs)} : Piece{});
     }
     return true;
   }
@@ -192,9 +194,7 @@ class Producer {
     const uint32_t place = n % kPlaces;
     while (!is_complete(counted_ + place * 8, phase_of(n) ^ 1)) {
     }
-    const int chunk = batch.t / b.chunk;
-    const int tokens = min_int(b.chunk, p.exchange.num_tokens - chunk * b.chunk);
-    pushes_.entry[place] = {chunk, batch.source, uint32_t(tokens * b.cut.segments)};
+    pushes_.entry[place] = {batch.t, batch.source};
     return place;
   }
 
@@ -202,14 +202,14 @@ class Producer {
     const uint32_t place = told_ % kPlaces;
     while (!is_complete(counted_ + place * 8, phase_of(told_) ^ 1)) {
     }
-    if (lane_id() == 0) pushes_.entry[place] = {0, 0, 0};
-    ring_.put(lane_id(), 1, Note{0.0f, kClear | kTell | place << kPlaceShift, nullptr}, {});
+    if (lane_id() == 0) pushes_.entry[place] = {0, -1};
+    queue_.put(lane_id(), 1, Note{0.0f, kClear | kTell | place << kPlaceShift, nullptr}, {});
   }
 
   const Body& b;
   const CombineParams& p;
   const Lane lane_;
-  Ring ring_;
+  OrderQueue queue_;
   const Borrowed& peers_;
   Pushes& pushes_;
   const uint32_t counted_;  // address of its barriers
