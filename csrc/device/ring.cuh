@@ -14,8 +14,8 @@
 // empty[i]   gives the slot back: by one arrival of each consumer warp, after all its lanes have
 //            read. The producer's acquire orders the next bulk copy behind these reads.
 //
-// Nobody resets a barrier: a position in the ring has a phase, which flips with every round. A wait
-// for a peer is the producer's alone, and bounded; a consumer waits for its producer only.
+// Nobody resets a barrier: a position in the ring has a phase, which flips with every round. A
+// consumer waits for its producer only, and this for whoever gives it rows.
 #pragma once
 #include "ptx.cuh"
 #include "warp.cuh"

@@ -173,8 +173,9 @@ class Finder {
             b.vecs_of(batch.segment) * int(sizeof(Vec))};
   }
 
-  // The chunk of my token t of every other rank, for bulk copies too. Tokens come in order, so
-  // earlier ones are not asked for any more. False: give up.
+  // The chunk of my token t of every other rank, for bulk copies too: of the filler, which is told
+  // of its partials after the fence. Tokens come in order, so earlier ones are not asked for any
+  // more. False: give up.
   __device__ __forceinline__ bool await_arrivals(int t) {
     return t < arrived_ || b.op.R == 1 || await_chunks(t / b.chunk);
   }

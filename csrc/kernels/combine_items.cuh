@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Items on their way into combine's finder: drawn in runs, then their rows are looked up, then
-// the rows' weights, each step while the ring takes an earlier batch.
+// the rows' weights, each step while the filler has an earlier batch.
 #pragma once
 #include "combine_parts.cuh"
 
 namespace jax_ep {
 
-// Of the rows of a batch, about: what hides a look-up. Few blocks are bound by their finders, and
-// these by what a batch costs: fewer, larger ones.
+// Of the rows of a batch, about: what hides a look-up. The finders of few blocks cannot keep up with
+// small ones; larger ones end later.
 constexpr int kFewBlocks = 80;
 constexpr int kBatchBytes = 64 << 10, kBatchBytesOfFew = 128 << 10;
 constexpr int kRunsPerBlock = 4;  // of the items that are left, at least

@@ -9,7 +9,8 @@
 //   the last of all blocks of this rank, by that count       acquires the pushes of all blocks
 //                   signals done[me][chunk] on the source    (release) publishes the chunk
 //
-// Scalars take the same way: their lane arrives at the ring after it has pushed them.
+// Scalars take the same way: the finder gives an item's orders after it has pushed them, and the
+// filler passes them on at the ring.
 #pragma once
 #include "combine_parts.cuh"
 
