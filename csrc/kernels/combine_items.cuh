@@ -6,8 +6,8 @@
 
 namespace jax_ep {
 
-// Of the rows of a batch, about: what hides a look-up. The finders of few blocks cannot keep up with
-// small ones; larger ones end later.
+// Of the rows of a batch, about: what hides a look-up. The finders of few blocks cannot keep up
+// with small ones; larger ones end later.
 constexpr int kFewBlocks = 80;
 constexpr int kBatchBytes = 64 << 10, kBatchBytesOfFew = 128 << 10;
 constexpr int kRunsPerBlock = 4;  // of the items that are left, at least
