@@ -89,6 +89,11 @@ double median_us(RdmaWorld& w, int ranks, Step step, int iterations) {
     }
     if (run > 0) times.push_back(slowest * 1e3 / iterations);
   }
+  for (const Rank& rank : all) {
+    for (cudaEvent_t event : {rank.begin, rank.end}) {
+      require(cudaEventDestroy(event), "cudaEventDestroy");
+    }
+  }
   std::sort(times.begin(), times.end());
   return times[times.size() / 2];
 }
