@@ -104,7 +104,12 @@ def start(
     except RuntimeError as error:  # the others wait for this process's word
         problems.append(str(error))
     meeting = _rendezvous.Meeting(f"{piece.key}/{generation}", group)
-    said = meeting.exchange({"problems": problems, "alike": {"offset": piece.offset}})
+    said = meeting.exchange(
+        {"problems": problems, "stuck": bool(_rdma.stuck()), "alike": {"offset": piece.offset}}
+    )
+    for p in said:
+        if said[p]["stuck"]:
+            _rdma.give_up(f"puts of process {p} stay")
     _rdma_checks.raise_if_any({f"process {p}": said[p]["problems"] for p in said})
     _rdma_checks.raise_if_any(
         _rdma_checks.differing({f"process {p}": said[p]["alike"] for p in said})

@@ -59,7 +59,7 @@ class _State:
     world: World | None = None
     rounds = 0  # of start, counted alike in every process
     ended = ""  # how NVSHMEM ended here, which starts once in a process
-    stuck = ""  # why `quiet` failed; its kernel may be on the GPU from then on
+    stuck = ""  # whose puts do not end; a kernel that waits for them may stay on the GPU
 
 
 def world() -> World | None:
@@ -126,14 +126,24 @@ def start(devices: list[Device], hosts: dict[int, str], rdma: Rdma) -> World:
     return _State.world
 
 
+def stuck() -> str:
+    """Whose puts do not end, as `give_up` was told; empty: nobody's."""
+    return _State.stuck
+
+
+def give_up(why: str) -> None:
+    """Some process's puts do not end: from now on `check` fails, and `stop` waits for nobody."""
+    _State.stuck = _State.stuck or why
+
+
 def check() -> None:
     """Call it before waiting for this process's GPU, where `quiet` may have left a kernel.
 
     Raises:
-        RuntimeError: `quiet` has failed here.
+        RuntimeError: `quiet` has failed, here or, as `give_up` was told, elsewhere.
     """
     if _State.stuck:
-        raise RuntimeError(f"expected a new process, as puts of this one stay: {_State.stuck}")
+        raise RuntimeError(f"expected a new process, as {_State.stuck}")
 
 
 def quiet() -> None:
@@ -149,7 +159,7 @@ def quiet() -> None:
     try:
         ext.rdma_quiet(QUIET_TIMEOUT_S)
     except RuntimeError as error:
-        _State.stuck = str(error)
+        give_up(f"puts of this one stay: {error}")
         raise
 
 

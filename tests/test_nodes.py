@@ -104,6 +104,7 @@ class Processes:
         self.log = {p: [] for p in range(4)}
         self.broken = {}  # what a process fails to make
         self.stuck = {}  # why a process's GPU cannot be waited for
+        self.given_up = {p: [] for p in range(4)}
         self.unquiet = {}  # why a process's puts do not end
         self.quiet = set()  # processes whose puts have ended
         self.offsets = dict.fromkeys(range(4), 512)
@@ -150,6 +151,7 @@ class Processes:
 
         def quiet():
             if me.rank in processes.unquiet:
+                processes.stuck[me.rank] = processes.unquiet[me.rank]
                 raise RuntimeError(processes.unquiet[me.rank])
             processes.log[me.rank].append("quiet")
             time.sleep(0.1 * me.rank)  # the others wait
@@ -163,7 +165,13 @@ class Processes:
         ffi = types.SimpleNamespace(make_node_group=make, start_group=started)
         meet = types.SimpleNamespace(Meeting=Meeting, share_memory=share_memory)
         monkeypatch.setattr(_nodes, "_ffi", ffi)
-        monkeypatch.setattr(_nodes, "_rdma", types.SimpleNamespace(check=check, quiet=quiet))
+        rdma = types.SimpleNamespace(
+            check=check,
+            quiet=quiet,
+            stuck=lambda: processes.stuck.get(me.rank, ""),
+            give_up=lambda why: processes.given_up[me.rank].append(why),
+        )
+        monkeypatch.setattr(_nodes, "_rdma", rdma)
         monkeypatch.setattr(_nodes, "_rendezvous", meet)
         monkeypatch.setattr(_nodes, "jax", types.SimpleNamespace(process_index=lambda: me.rank))
         self.me = me
@@ -197,6 +205,7 @@ def test_start(monkeypatch):
     assert set(map(tuple, processes.log.values())) == {
         ("made", "quiet", "shared", "attached", "begun", "started")
     }
+    assert not any(processes.given_up.values())
 
 
 def test_what_goes_wrong_in_one_is_an_error_in_all(monkeypatch):
@@ -210,6 +219,7 @@ def test_what_goes_wrong_in_one_is_an_error_in_all(monkeypatch):
         for error in processes.start():
             assert isinstance(error, RuntimeError) and "process 3: NVSHMEM" in str(error), error
         assert ("made" in processes.log[3]) == (wrong == "unquiet")
+        assert list(processes.given_up.values()) == [["puts of process 3 stay"]] * 4
     processes = Processes(monkeypatch)
     processes.offsets[1] = 1024
     for error in processes.start():

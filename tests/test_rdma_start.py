@@ -214,7 +214,14 @@ def test_puts_that_do_not_end_need_a_new_process(ranks, caplog):
     assert checked[0] is checked[2] is None
     assert "expected a new process" in str(checked[1]) and "all puts" in str(checked[1])
     ranks.modules[1].stop()  # does not wait for a GPU that may be busy for ever
-    assert ranks.nvshmem[1].called[-1] == "quiet" and "was not stopped: NVSHMEM" in caplog.text
+    assert ranks.nvshmem[1].called[-1] == "quiet"
+    assert "was not stopped: puts of this one stay: NVSHMEM" in caplog.text
+    for module, nvshmem in zip(ranks.modules[::2], ranks.nvshmem[::2], strict=True):
+        module.give_up("puts of process 1 stay")
+        with pytest.raises(RuntimeError, match="expected a new process, as puts of process 1"):
+            module.check()
+        module.stop()  # waits for nobody
+        assert nvshmem.called[-1] == "quiet"
 
 
 def test_stop_leaves_nvshmem_when_a_rank_is_gone(hasty_ranks, caplog):
