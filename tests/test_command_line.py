@@ -48,6 +48,7 @@ def test_documented_control_block_is_the_one_in_the_code():
     assert "\n".join(_info.control_block(8)) in page.read_text()
 
 
+@pytest.mark.newest
 def test_memory():
     sizes = [
         "--tokens",

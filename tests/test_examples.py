@@ -94,7 +94,7 @@ def linen_layer(config, mesh):
         (nnx_layer, "top_k"),
         (nnx_layer, "group_limited"),
         pytest.param(nnx_layer, "without_shared_expert", marks=pytest.mark.extensive),
-        (linen_layer, "top_k"),
+        pytest.param(linen_layer, "top_k", marks=pytest.mark.extensive),
         pytest.param(linen_layer, "group_limited", marks=pytest.mark.extensive),
         (linen_layer, "without_shared_expert"),
     ],

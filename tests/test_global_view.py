@@ -37,7 +37,7 @@ def cases():
     for axis_type, (name, extra), i in itertools.product(
         (AUTO, EXPLICIT), EXTRAS.items(), range(len(MESHES))
     ):
-        marks = [pytest.mark.newest] if name == "plain" and i < 2 else []
+        marks = [pytest.mark.newest] if name == "fp8" or (name == "plain" and i < 2) else []
         if MESH_OF.get((name, axis_type), i) != i:
             marks = [pytest.mark.extensive]
         yield pytest.param(*MESHES[i], axis_type, extra, marks=marks, id=f"{name}-{i}-{axis_type}")
@@ -104,7 +104,7 @@ def collectives(hlo):
         pytest.param(*MESHES[1], AUTO, marks=pytest.mark.extensive),
         (*MESHES[2], AUTO),
         *(pytest.param(*mesh, EXPLICIT, marks=pytest.mark.extensive) for mesh in MESHES[:2]),
-        (*MESHES[2], EXPLICIT),
+        pytest.param(*MESHES[2], EXPLICIT, marks=pytest.mark.newest),
     ],
     ids=str,
 )
@@ -163,7 +163,13 @@ def test_fp8_and_hidden_shards(axis_type, hidden):
 
 @pytest.mark.parametrize(
     "T, H, K, options",
-    [(1, 256, 3, {}), (1, 256, 1, {}), (6, 128, 3, dict(wire_dtype=FP8, deliver="quantized"))],
+    [
+        (1, 256, 3, {}),
+        (1, 256, 1, {}),
+        pytest.param(
+            *(6, 128, 3, dict(wire_dtype=FP8, deliver="quantized")), marks=pytest.mark.newest
+        ),
+    ],
     ids=str,
 )
 def test_one_token_one_expert_one_block(T, H, K, options):

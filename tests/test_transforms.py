@@ -170,6 +170,7 @@ def test_export_and_ahead_of_time(data):
     assert_same_bits("compiled", f.lower(*on).compile()(*on), want)
 
 
+@pytest.mark.newest
 def test_replicated_operands(data):
     """Replicated tokens, varying routing and the reverse: gradients are summed over the ranks."""
     args, _ = data
