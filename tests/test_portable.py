@@ -37,7 +37,7 @@ def test_the_choice_by_markers():
     assert not for_gpus and len(by_default) == len(chosen) >= 100
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.extensive)])
 def test_on_fewer_devices(devices):
     """As on that many GPUs; the whole files pass so, too: here is a part of them."""
     selection = "each_alone and 0-cpu or handle_leaves or initialize or two_axes or empty_rank"

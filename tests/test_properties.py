@@ -57,7 +57,7 @@ def problems(draw):
 
 
 @pytest.mark.newest
-@settings(max_examples=24, **SLOW)
+@settings(max_examples=16, **SLOW)
 @given(problems())
 def test_equals_reference_bit_for_bit(problem):
     sizes, options, how, weighted = problem
