@@ -35,7 +35,8 @@ constexpr int kWirePercent = 50;         // of blocks
 constexpr int kItemsPerBlock = 2;        // of local work, at least, if rows can be cut
 constexpr int kOtherShared = 12 * 1024;  // bytes of shared memory beside the rows of the ring
 static_assert(sizeof(RingState) + sizeof(Orders) + sizeof(Pushes) + sizeof(Borrowed) + 512 <=
-              kOtherShared);
+                  kOtherShared,
+              "all of it, and what Op keeps");
 
 // How rows are cut, into pieces that fit a slot of the ring.
 __device__ Cut cut_for(int vecs, int tokens, int blocks) {

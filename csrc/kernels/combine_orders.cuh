@@ -5,8 +5,12 @@
 //   finder   await taken[i]   a lane an order -> order[i][]   arrive at given[i]
 //   filler   await given[i]   its order <- order[i][lane]     arrive at taken[i], fill the ring
 //
-// What the finder has stored before, its arrival publishes, and the filler's at the ring passes it
-// on: scalars on peers, the signaller's entries.
+// An arrival releases, who finds its phase complete acquires: given[i] the orders, taken[i] that
+// they have been read. What the finder has stored before, its arrival publishes, too, and the
+// filler's at the ring passes it on: scalars on peers, the signaller's entries.
+//
+// Of all that is awaited in a block only the finder's wait for a peer's chunk may not come, and it
+// is bounded: the finder then stops, and its last order ends the others.
 #pragma once
 #include "combine_parts.cuh"
 

@@ -65,8 +65,8 @@ __device__ void put_words(const WithTransport<NodeRouting, Transport>& p, const 
   }
 }
 
-// By one block: every piece of every rank of other nodes, each by a thread, or the end of the
-// group.
+// By one block: every piece of every rank of other nodes, each by a thread, in bounded time; or the
+// end of the group, with which nobody reads a hello that only the first piece has earned.
 template <typename Transport>
 __device__ void await_other_nodes(const WithTransport<NodeRouting, Transport>& p, const Op& op,
                                   uint64_t tag) {

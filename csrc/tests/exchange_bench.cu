@@ -6,17 +6,19 @@
 //   [--wire 0|1|2] [--fp8-combine 0|1] [--percent P] [--stats 0|1]
 //
 // Small batches also through slots, whole and in halves.
-// Prints the median and p99 over replays of the slowest rank's time per operation, in microseconds.
+// Prints the median and the maximum over replays of the slowest rank's time per operation, in
+// microseconds.
 #include <algorithm>
 #include <cstdlib>
 
 #include "harness.cuh"
 #include "options.h"
+#include "timing.h"
 
 namespace jax_ep {
 namespace {
 
-constexpr int kPerGraph = 10, kReplays = 40;
+constexpr int kPerGraph = 10;
 
 Case bench_case(int R, int T, int H, int E, int K, int sms, int wire) {
   std::mt19937 rng(7);
@@ -62,44 +64,8 @@ void print_pushes(const Case& c, int rank, int times) {
 
 template <typename Go>
 void time_op(const char* name, Group& group, Harness& h, Go&& go) {
-  const int R = group.num_ranks();
-  std::vector<cudaGraphExec_t> graphs;
-  for (int r = 0; r < R; ++r) {
-    require(cudaSetDevice(group.devices()[r]), "cudaSetDevice");
-    require(cudaStreamBeginCapture(h.streams[r], cudaStreamCaptureModeThreadLocal), "capture");
-    for (int i = 0; i < kPerGraph; ++i) go(r);
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    require(cudaStreamEndCapture(h.streams[r], &graph), "end capture");
-    require(cudaGraphInstantiate(&exec, graph, 0), "instantiate");
-    graphs.push_back(exec);
-  }
-  std::vector<std::vector<cudaEvent_t>> events(R);
-  std::vector<float> us;
-  for (int i = 0; i < kReplays; ++i) {
-    for (int r = 0; r < R; ++r) {
-      require(cudaSetDevice(group.devices()[r]), "cudaSetDevice");
-      for (int e = 0; e < 2; ++e) {
-        events[r].emplace_back();
-        require(cudaEventCreate(&events[r].back()), "event");
-      }
-      require(cudaEventRecord(events[r][2 * i], h.streams[r]), "record");
-      require(cudaGraphLaunch(graphs[r], h.streams[r]), "graph");
-      require(cudaEventRecord(events[r][2 * i + 1], h.streams[r]), "record");
-    }
-  }
-  h.synchronize();
-  for (int i = 5; i < kReplays; ++i) {
-    float worst = 0;
-    for (int r = 0; r < R; ++r) {
-      float ms;
-      require(cudaEventElapsedTime(&ms, events[r][2 * i], events[r][2 * i + 1]), "elapsed");
-      worst = std::max(worst, ms * 1000 / kPerGraph);
-    }
-    us.push_back(worst);
-  }
-  std::sort(us.begin(), us.end());
-  std::printf("%-26s median %8.1f us  max %8.1f us\n", name, us[us.size() / 2], us.back());
+  const Times t = time_replays(group.devices(), h.streams, kPerGraph, go, [&] { h.synchronize(); });
+  std::printf("%-26s median %8.1f us  max %8.1f us\n", name, t.median_us, t.max_us);
 }
 
 }  // namespace

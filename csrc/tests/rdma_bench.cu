@@ -6,12 +6,13 @@
 //              [--experts E] [--sms S] [--slots N] [--slot-bytes B] [--fp8] [--iterations I]
 //              [--send P] [--put P] [--forward P] [--gateway P]
 //
-// --send, --put, --forward, --gateway: percent of blocks (rdma/layout.h). Medians of ten replays of
-// a graph of I operations.
+// --send, --put, --forward, --gateway: percent of blocks (rdma/layout.h). Medians over replays of a
+// graph of I operations.
 #include <algorithm>
 
 #include "options.h"
 #include "rdma_world.cuh"
+#include "timing.h"
 
 namespace jax_ep {
 namespace {
@@ -56,52 +57,14 @@ NodeCase make_case(const Options& o) {
   return n;
 }
 
-// Of the slowest rank: median of ten replays of a graph of `iterations` operations in a row.
-double median_us(RdmaWorld& w, int ranks, Step step, int iterations) {
-  struct Rank {
-    std::unique_ptr<Replay> graph;
-    cudaEvent_t begin, end;
-  };
-  std::vector<Rank> all(ranks);
-  for (int r = 0; r < ranks; ++r) {
-    require(cudaSetDevice(w.device(r)), "cudaSetDevice");
-    for (cudaEvent_t* event : {&all[r].begin, &all[r].end}) {
-      require(cudaEventCreate(event), "cudaEventCreate");
-    }
-    all[r].graph = std::make_unique<Replay>(w.stream(r), [&] {
-      for (int i = 0; i < iterations; ++i) w.issue(r, step);
-    });
-  }
-  std::vector<double> times;
-  for (int run = 0; run < 11; ++run) {
-    for (int r = 0; r < ranks; ++r) {
-      require(cudaSetDevice(w.device(r)), "cudaSetDevice");
-      require(cudaEventRecord(all[r].begin, w.stream(r)), "cudaEventRecord");
-      all[r].graph->launch(w.stream(r));
-      require(cudaEventRecord(all[r].end, w.stream(r)), "cudaEventRecord");
-    }
-    w.wait(60);
-    float slowest = 0;
-    for (const Rank& rank : all) {
-      float ms;
-      require(cudaEventElapsedTime(&ms, rank.begin, rank.end), "cudaEventElapsedTime");
-      slowest = std::max(slowest, ms);
-    }
-    if (run > 0) times.push_back(slowest * 1e3 / iterations);
-  }
-  for (const Rank& rank : all) {
-    for (cudaEvent_t event : {rank.begin, rank.end}) {
-      require(cudaEventDestroy(event), "cudaEventDestroy");
-    }
-  }
-  std::sort(times.begin(), times.end());
-  return times[times.size() / 2];
-}
-
 int run(const Options& o) {
   const NodeCase n = make_case(o);
   RdmaWorld w(n, o.devices, 20, 0);
-  auto time = [&](Step step) { return median_us(w, n.c.x.num_ranks, step, o.iterations); };
+  auto time = [&](Step step) {
+    auto issue = [&](int r) { w.issue(r, step); };
+    return time_replays(w.devices(), w.streams(), o.iterations, issue, [&] { w.wait(60); })
+        .median_us;
+  };
   const double plan = time(Step::kPlan), dispatch = time(Step::kDispatch),
                combine = time(Step::kCombine);
   if (slots_for(n.c).tokens > 0) {

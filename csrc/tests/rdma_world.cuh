@@ -150,7 +150,12 @@ class RdmaWorld {
   }
 
   int device(int r) const { return r % devices_; }
-  cudaStream_t stream(int r) const { return streams_[r]; }
+  std::vector<int> devices() const {
+    std::vector<int> of_ranks;
+    for (int r = 0; r < R_; ++r) of_ranks.push_back(device(r));
+    return of_ranks;
+  }
+  const std::vector<cudaStream_t>& streams() const { return streams_; }
 
   // Wait until all of it has ended; the seconds of that. Throws if they are more than `most_s`, as
   // then kernels hang.
