@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels on an emulated machine: those between nodes over a network, and those of small batches
-over memory and a network, that do the worst they may."""
+"""Kernels on an emulated machine: those between nodes over a network, those of small batches over
+memory and a network, and combine of large ones over memory, that do the worst they may."""
 
 import pathlib
 import shutil
@@ -35,6 +35,11 @@ def slots_test(tmp_path_factory):
     return build(program, 128, [kernel.stem for kernel in kernels])
 
 
+@pytest.fixture(scope="module")
+def combine_test(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("emulation") / "combine_test", 224, ["combine"])
+
+
 def check(program, options):
     result = subprocess.run([program, *options], capture_output=True, text=True, timeout=150)
     assert result.returncode == 0, result.stdout
@@ -59,3 +64,9 @@ def test_results_and_faults(nodes_test, options):
 )
 def test_small_batches(slots_test, options):
     check(slots_test, options)
+
+
+@pytest.mark.extensive  # compiles for as long as it runs
+@pytest.mark.parametrize("options", [["--cases", "20"], ["--faults"]], ids=["exchange", "faults"])
+def test_combine(combine_test, options):
+    check(combine_test, options)

@@ -20,8 +20,16 @@ cudaError_t launch_kernel(void (*kernel)(Params...), const dim3& blocks, int thr
 }
 
 __device__ __forceinline__ char* dynamic_shared() {
-  extern __shared__ __align__(16) char base[];
+  extern __shared__ __align__(128) char base[];
   return base;
+}
+
+// What a launch may have on the current device.
+inline cudaError_t most_dynamic_shared(int* bytes) {
+  int device;
+  const cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
 }  // namespace jax_ep

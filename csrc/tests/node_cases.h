@@ -21,6 +21,21 @@ struct Results {
   std::vector<std::vector<float>> weights;
 };
 
+inline Results random_results(const Case& c, std::mt19937& rng) {
+  Results results;
+  std::normal_distribution<float> normal(0, 2);
+  for (int r = 0; r < c.x.num_ranks; ++r) {
+    const size_t n = size_t(c.x.num_rows) * c.hidden;
+    Bytes values(n * size_of(c.type));
+    for (size_t i = 0; i < n; ++i) set_element(values, c.type, i, normal(rng));
+    std::vector<float> weights(c.x.num_rows);
+    for (float& v : weights) v = normal(rng);
+    results.y.push_back(values);
+    results.weights.push_back(weights);
+  }
+  return results;
+}
+
 class NodeCases {
  public:
   // `most_tokens` of a rank, `most_slots` of a ring, if all share alike.
@@ -41,21 +56,7 @@ class NodeCases {
     return n;
   }
 
-  Results pick_results(const Case& c) {
-    Results results;
-    std::normal_distribution<float> normal(0, 2);
-    for (int r = 0; r < c.x.num_ranks; ++r) {
-      Bytes values(size_t(c.x.num_rows) * c.hidden * size_of(c.type));
-      for (size_t i = 0; i < size_t(c.x.num_rows) * c.hidden; ++i) {
-        set_element(values, c.type, i, normal(rng_));
-      }
-      std::vector<float> w(c.x.num_rows);
-      for (float& v : w) v = normal(rng_);
-      results.y.push_back(values);
-      results.weights.push_back(w);
-    }
-    return results;
-  }
+  Results pick_results(const Case& c) { return random_results(c, rng_); }
 
  private:
   int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng_); }

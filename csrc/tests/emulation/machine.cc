@@ -118,7 +118,7 @@ class Block {
     }
     return b.result;
   }
-  char* shared() { return shared_.data(); }
+  std::vector<char>& shared() { return shared_; }
   void pause(bool waits) {
     if (waits) idle_ = true;
     running_->counter = nullptr;
@@ -241,7 +241,8 @@ int count_in_block(bool mine) { return block_here->count(mine); }
 bool meet_in_block(int id, int threads, bool mine, bool waits) {
   return block_here->meet(id, threads, mine, waits);
 }
-char* dynamic_shared() { return block_here->shared(); }
+char* dynamic_shared() { return block_here->shared().data(); }
+size_t dynamic_shared_size() { return block_here->shared().size(); }
 void pause(bool waits) { block_here->pause(waits); }
 uint64_t now() { return machine_here->time; }
 

@@ -42,6 +42,7 @@ int count_in_block(bool mine);
 bool meet_in_block(int id, int threads, bool mine, bool waits);
 // Shared memory of the block, as its launch sizes it.
 char* dynamic_shared();
+size_t dynamic_shared_size();
 // Others run. `waits`: this thread has nothing to do until they have.
 void pause(bool waits);
 // Of the machine, in ns.

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The words of device/ptx.cuh on the host. Ordered accesses are where others may run: each of them
-// pauses now and then. Stores and atomics may be to a window of weak_memory.h. Bulk copies are not
-// here.
+// pauses now and then. Stores and atomics may be to a window of weak_memory.h. The words of shared
+// memory are in shared.h.
 #pragma once
 #include <type_traits>
 
 #include "cuda.h"
+#include "shared.h"
 #include "weak_memory.h"
 
 namespace jax_ep {
@@ -28,6 +29,14 @@ V* at_home(V* p) {
   return memory == nullptr ? p : static_cast<V*>(memory->home_of(p));
 }
 
+// Among the blocks of a rank.
+inline void release(const void* p) {
+  if (emulation::weak_memory != nullptr) emulation::weak_memory->release(p);
+}
+inline void acquire(const void* p) {
+  if (emulation::weak_memory != nullptr) emulation::weak_memory->acquire(p);
+}
+
 template <typename V>
 void ordered_store(V* p, const V& v, bool releases = false) {
   others_may_run();
@@ -43,24 +52,36 @@ V ordered_load(const V* p) {
 }
 
 inline void store_release_sys(uint64_t* p, uint64_t v) { ordered_store(p, v, true); }
-inline void store_release_gpu(uint64_t* p, uint64_t v) { ordered_store(p, v); }
+inline void store_release_gpu(uint64_t* p, uint64_t v) {
+  ordered_store(p, v);
+  release(p);
+}
 template <typename V>
 void store_relaxed(V* p, const std::common_type_t<V>& v) {
   ordered_store(p, v);
 }
 inline uint64_t load_acquire_sys(const uint64_t* p) { return ordered_load(p); }
-inline uint32_t load_acquire_gpu(const uint32_t* p) { return ordered_load(p); }
-inline uint64_t load_acquire_gpu(const uint64_t* p) { return ordered_load(p); }
+template <typename V>
+V load_acquire_gpu(const V* p) {
+  const V v = ordered_load(p);
+  acquire(p);
+  return v;
+}
 template <typename V>
 V load_relaxed(const V* p) {
   return ordered_load(p);
 }
 
-inline uint32_t add_acq_rel_gpu(uint32_t* p, uint32_t v) {
+inline uint32_t add_relaxed_gpu(uint32_t* p, uint32_t v) {
   others_may_run();
   return atomicAdd(p, v);
 }
-inline uint32_t add_relaxed_gpu(uint32_t* p, uint32_t v) { return add_acq_rel_gpu(p, v); }
+inline uint32_t add_acq_rel_gpu(uint32_t* p, uint32_t v) {
+  const uint32_t old = add_relaxed_gpu(p, v);
+  release(p);
+  acquire(p);
+  return old;
+}
 inline uint64_t cas_acq_rel_sys(uint64_t* p, uint64_t expected, uint64_t v) {
   others_may_run();
   p = at_home(p);
@@ -88,43 +109,15 @@ inline void store_row(Vec* p, const Vec& v) {
 inline void add_release_gpu(uint64_t* p, uint64_t v) {
   others_may_run();
   *p += v;
+  release(p);
 }
+inline void fence_global_for_bulk_copies() {}
+inline void keep_branch() {}
 
 inline void bar_sync(int id, int threads) { emulation::meet_in_block(id, threads, true, true); }
 inline void bar_arrive(int id, int threads) { emulation::meet_in_block(id, threads, true, false); }
 inline bool bar_and(int id, int threads, bool mine) {
   return emulation::meet_in_block(id, threads, mine, true);
-}
-
-// Barriers in shared memory. An address there is how far it is from something in it.
-inline char* shared_origin() {
-  static thread_local char origin;
-  return &origin;
-}
-inline uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(static_cast<const char*>(p) - shared_origin());
-}
-struct PhaseBarrier {
-  uint16_t arrivals, missing;
-  uint32_t phases;  // that are complete
-};
-inline PhaseBarrier& barrier_at(uint32_t address) {
-  return *reinterpret_cast<PhaseBarrier*>(shared_origin() + static_cast<int32_t>(address));
-}
-inline void init_barrier(uint32_t barrier, uint32_t arrivals) {
-  const auto n = static_cast<uint16_t>(arrivals);
-  barrier_at(barrier) = {n, n, 0};
-}
-inline void arrive(uint32_t barrier) {
-  PhaseBarrier& b = barrier_at(barrier);
-  if (--b.missing != 0) return;
-  b.missing = b.arrivals;
-  ++b.phases;
-}
-inline bool is_complete_soon(uint32_t barrier, uint32_t parity) {
-  if (barrier_at(barrier).phases % 2 != parity) return true;
-  emulation::pause(true);
-  return false;
 }
 
 }  // namespace jax_ep

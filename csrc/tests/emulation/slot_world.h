@@ -7,6 +7,7 @@
 
 #include "../node_checks.h"
 #include "../slot_params.h"
+#include "host_arrays.h"
 #include "network.h"
 #include "weak_memory.h"
 
@@ -73,7 +74,11 @@ class SlotWorld {
   size_t add(const Case& c, const Results& results) {
     exchanges_.push_back({c, host_plan(c.x, c.topk_idx), results, {}, false});
     SlotExchange& e = exchanges_.back();
-    for (int r = 0; r < R_; ++r) e.a.push_back(arrays(e, r));
+    for (int r = 0; r < R_; ++r) {
+      e.a.push_back(host_arrays(c, r, memory_));
+      std::copy(results.y[r].begin(), results.y[r].end(), e.a[r].y);
+      std::copy(results.weights[r].begin(), results.weights[r].end(), e.a[r].weights);
+    }
     return exchanges_.size() - 1;
   }
   void issue(int r, const Step& step) {
@@ -152,25 +157,6 @@ class SlotWorld {
     Call call = slot_call(p, step.kind, step.half);
     call.signature += 16 * uint32_t(step.exchange + 1) + (r == mistaken ? 8 : 0);
     return call;
-  }
-
-  RankArrays arrays(const SlotExchange& e, int r) {
-    const Case& c = e.c;
-    RankArrays arrays{};
-    arrays.for_each(c, [&](auto*& pointer, size_t count) {
-      memory_.emplace_back(count * sizeof(*pointer) + 64, char(0xff));
-      const auto base = reinterpret_cast<uintptr_t>(memory_.back().data());
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(round_up(base, 16));
-    });
-    const size_t pairs = c.x.num_pairs();
-    std::copy_n(c.topk_idx.begin() + r * pairs, pairs, arrays.topk_idx);
-    auto copy = [](auto* to, const auto& from) { std::copy(from.begin(), from.end(), to); };
-    copy(arrays.x, c.rows_in[r]);
-    copy(arrays.scales, c.scales_in[r]);
-    copy(arrays.scalars, c.scalars_in[r]);
-    copy(arrays.y, e.results.y[r]);
-    copy(arrays.weights, e.results.weights[r]);
-    return arrays;
   }
 
   const Layout layout_;

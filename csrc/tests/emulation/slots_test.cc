@@ -41,20 +41,7 @@ class Series {
     }
     return takes ? combines_last(w) : pick_steps(w);
   }
-  Results pick_results(const Case& c) {
-    Results results;
-    std::normal_distribution<float> normal(0, 2);
-    for (int r = 0; r < c.x.num_ranks; ++r) {
-      const size_t n = size_t(c.x.num_rows) * c.hidden;
-      Bytes values(n * size_of(c.type));
-      for (size_t i = 0; i < n; ++i) set_element(values, c.type, i, normal(rng_));
-      std::vector<float> weights(c.x.num_rows);
-      for (float& v : weights) v = normal(rng_);
-      results.y.push_back(values);
-      results.weights.push_back(weights);
-    }
-    return results;
-  }
+  Results pick_results(const Case& c) { return random_results(c, rng_); }
   size_t below(size_t n) { return rng_() % n; }
   bool chance(double p) { return std::uniform_real_distribution<double>()(rng_) < p; }
   uint64_t seed() const { return seed_; }

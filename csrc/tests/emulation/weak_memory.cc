@@ -69,14 +69,40 @@ bool WeakMemory::store(void* at, const void* value, size_t bytes, bool releases)
   const int rank = stream_number();
   const uint64_t block = block_number();
   check(offset / span_ / ranks_ == size_t(rank), "a rank stores through another one's window");
-  if (releases) collect(rank, block);
+  std::shared_ptr<const Clock> after;
+  if (releases) {
+    collect(rank, block);
+    known_[block][block] = number_;
+    after = std::make_shared<const Clock>(known_[block]);
+  }
   const uint32_t word = bytes == sizeof(uint64_t) ? bytes : sizeof(uint32_t);
   for (size_t i = 0; i < bytes; i += word) {
     uint64_t v = 0;
     std::memcpy(&v, static_cast<const char*>(value) + i, word);
-    put({0, static_cast<char*>(home_of(at)) + i, v, word, rank, block, releases});
+    put({0, static_cast<char*>(home_of(at)) + i, v, word, rank, block, after});
   }
   return true;
+}
+
+// What is on the way no more needs no order.
+void WeakMemory::merge(const Clock& from, Clock& to) const {
+  const uint64_t oldest = stores_.empty() ? number_ : stores_.begin()->first;
+  for (const auto& [block, number] : from) {
+    if (number > oldest) to[block] = std::max(to[block], number);
+  }
+}
+
+void WeakMemory::release(const void* at) {
+  const uint64_t block = block_number();
+  after_turn(stream_number(), block);
+  Clock& known = known_[block];
+  known[block] = number_;
+  merge(known, released_[at]);
+}
+
+void WeakMemory::acquire(const void* at) {
+  const auto released = released_.find(at);
+  if (released != released_.end()) merge(released->second, known_[block_number()]);
 }
 
 void WeakMemory::after_turn(int rank, uint64_t block) {
@@ -101,7 +127,7 @@ void WeakMemory::collect(int rank, uint64_t block, uint32_t* words, size_t count
   for (size_t i = 0; i < count; ++i) {
     if (words[i] == untouched_) continue;
     char* to = static_cast<char*>(home_of(&words[i]));
-    put({0, to, words[i], sizeof(uint32_t), rank, block, false});
+    put({0, to, words[i], sizeof(uint32_t), rank, block, nullptr});
     words[i] = untouched_;
   }
 }
@@ -113,10 +139,10 @@ void WeakMemory::visit_earlier(uint64_t number, const Store& s, Visit&& visit) {
   for (auto it = first; it != last; ++it) {
     if (it->second < number) visit(it->second);
   }
-  if (!s.releases) return;
+  if (s.after == nullptr) return;
   for (auto& [other, earlier] : stores_) {
     if (other == number) break;
-    if (earlier.block == s.block) visit(other);
+    if (s.is_after(other, earlier)) visit(other);
   }
 }
 

@@ -2,13 +2,15 @@
 // Memory whose stores to other ranks are seen late: each word for itself, in any order, as the seed
 // has it; a word of 32 or 64 bits as it is stored, wider ones in words of 32 bits. Sometimes a word
 // is there only when its rank looks for it, and what nobody looks for stays away for long. A
-// release is seen after all that its block had stored before it. Stores to a rank's own memory,
-// atomics and loads are as they are. A kernel ends when all that it has stored is seen.
+// release is seen after all that its block had stored before it, and what blocks of the same rank
+// had stored before a release that it has acquired. Stores to a rank's own memory, atomics and
+// loads are as they are. A kernel ends when all that it has stored is seen.
 //
 // A rank sees the memory of each peer through a window, which holds one value everywhere. Whatever
 // differs from it after a turn has been stored, whether the kernel has a word for that or not.
 #pragma once
 #include <map>
+#include <memory>
 #include <set>
 #include <unordered_map>
 
@@ -36,6 +38,9 @@ class WeakMemory : public Memory {
   bool store(void* at, const void* value, size_t bytes, bool releases);
   // By a kernel that loads from its own memory: what is on the way there comes soon.
   void look(const void* at, size_t bytes);
+  // By a kernel that releases a word of its own memory, or acquires one.
+  void release(const void* at);
+  void acquire(const void* at);
   // What `at` is a window's view of.
   void* home_of(const void* at) const;
 
@@ -50,6 +55,9 @@ class WeakMemory : public Memory {
   void lose(int owner, Region region) { lost_[owner].push_back(region); }
 
  private:
+  // Of each block: its stores below this number.
+  using Clock = std::map<uint64_t, uint64_t>;
+
   struct Store {
     uint64_t due;  // the turn
     char* to;
@@ -57,7 +65,12 @@ class WeakMemory : public Memory {
     uint32_t bytes;
     int rank;
     uint64_t block;
-    bool releases;
+    std::shared_ptr<const Clock> after;  // of a release: what is seen before it
+
+    bool is_after(uint64_t number, const Store& other) const {
+      const auto known = after->find(other.block);
+      return known != after->end() && number < known->second;
+    }
   };
 
   // How a rank's stores travel: how many are late; the most turns that others take, and these.
@@ -72,6 +85,7 @@ class WeakMemory : public Memory {
   void collect(int rank, uint64_t block);
   void collect(int rank, uint64_t block, uint32_t* words, size_t count);
   void put(Store s);
+  void merge(const Clock& from, Clock& to) const;
   void hurry(uint64_t number, uint64_t due);
   template <typename Visit>
   void visit_earlier(uint64_t number, const Store& s, Visit&& visit);
@@ -89,6 +103,8 @@ class WeakMemory : public Memory {
   std::map<uint64_t, Store> stores_;                   // that are on the way, in their order
   std::set<std::pair<uint64_t, uint64_t>> due_;        // the same: turn, number
   std::unordered_multimap<const char*, uint64_t> at_;  // the same by place
+  std::unordered_map<uint64_t, Clock> known_;          // by block
+  std::unordered_map<const void*, Clock> released_;    // by word
   uint64_t turn_ = 0, number_ = 0;
   std::vector<Mood> moods_;  // by rank
 };

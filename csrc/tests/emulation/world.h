@@ -9,6 +9,7 @@
 #include "../../rdma/dispatch_nodes.cuh"
 #include "../../rdma/exchange_routing.cuh"
 #include "../node_cases.h"
+#include "host_arrays.h"
 #include "network.h"
 
 namespace jax_ep {
@@ -74,7 +75,8 @@ class World {
       header.timeout_ns = uint64_t(timeout_ms * 1e6);
       header.record = &records[r];
       peers_.push_back(node_peers(c_, r, bases.data()));
-      a.push_back(arrays(r));
+      a.push_back(host_arrays(c_, r, memory_));
+      copy_plan(plan_, c_.x, r, a[r].plan);
     }
   }
 
@@ -156,31 +158,6 @@ class World {
       launch(r, "combine", std::max(n_.blocks - 1, kLeastCombineBlocks), kStageThreads,
              [p] { combine_between_nodes<decltype(type)>(p); });
     });
-  }
-
-  // Outputs are ones; inputs are the case's, and the plan's are the host's.
-  RankArrays arrays(int r) {
-    RankArrays arrays{};
-    arrays.for_each(c_, [&](auto*& pointer, size_t count) {
-      memory_.emplace_back(count * sizeof(*pointer) + 64, char(0xff));
-      const auto base = reinterpret_cast<uintptr_t>(memory_.back().data());
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(round_up(base, 16));
-    });
-    const Exchange& x = c_.x;
-    const size_t pairs = x.num_pairs(), rows = x.num_rows, T = x.num_tokens;
-    auto copy = [](auto* to, const auto& from, size_t first, size_t count) {
-      std::copy_n(from.begin() + first, count, to);
-    };
-    copy(arrays.topk_idx, c_.topk_idx, r * pairs, pairs);
-    copy(arrays.plan.pair_rank, plan_.pair_rank, r * pairs, pairs);
-    copy(arrays.plan.pair_row, plan_.pair_row, r * pairs, pairs);
-    copy(arrays.plan.row_pair, plan_.row_pair, r * rows, rows);
-    copy(arrays.plan.token_rows, plan_.token_rows, r * R_ * pairs, R_ * pairs);
-    copy(arrays.plan.token_slot, plan_.token_slot, r * R_ * T, R_ * T);
-    copy(arrays.x, c_.rows_in[r], 0, c_.rows_in[r].size());
-    copy(arrays.scales, c_.scales_in[r], 0, c_.scales_in[r].size());
-    copy(arrays.scalars, c_.scalars_in[r], 0, c_.scalars_in[r].size());
-    return arrays;
   }
 
   const NodeCase& n_;

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: Apache-2.0
+// combine's large path on the emulated machine, whose memory shows stores to peers late and in any
+// order and whose copies to shared memory end late, against the host, bit for bit; and what becomes
+// of it when a rank stays away.
+//
+//   combine_test [--cases N] [--seed S] [--ranks R] [--faults]
+#include "../options.h"
+#include "../random_case.h"
+#include "combine_world.h"
+
+namespace jax_ep {
+namespace {
+
+// Bounds of waits, in ms of the machine.
+constexpr double kForever = 1e9, kShort = 100;
+constexpr int kCombines = 3;  // of a case, in a row
+
+class Series {
+ public:
+  explicit Series(uint64_t seed) : rng_(seed), cases_(rng_, {true, false, 5}) {}
+
+  std::vector<Combine> next(int ranks) {
+    std::vector<Combine> all;
+    for (int i = 0; i < kCombines; ++i) all.push_back(next_combine(ranks));
+    return all;
+  }
+  // Few tokens, or many of which several are a chunk; rows of one segment, or of several.
+  Combine next_combine(int ranks) {
+    Combine o;
+    Case& c = o.c;
+    c = cases_.next(ranks);
+    const bool many_ranks = ranks > 8, many = !many_ranks && chance(0.05);
+    if (many || chance(0.4)) {
+      c.x.num_tokens = many ? pick(130, 300) : many_ranks ? 2 : pick(0, 40);
+    }
+    if (chance(0.1)) c.x.top_k = kMaxTopK;
+    if (many_ranks) c.num_sms = pick(1, 2);
+    const bool long_rows = !many && !many_ranks && chance(0.4);
+    const int vecs = many ? pick(1, 8) : long_rows ? pick(100, 700) : pick(1, 60);
+    c.hidden = vecs * int(16 / size_of(c.type));
+    if (long_rows) {  // of which several blocks push segments
+      c.x.num_tokens = pick(1, 6);
+      c.num_sms = pick(1, 5);
+    }
+    if (chance(0.4)) c.hidden = ceil_div(c.hidden, kScaleBlock) * kScaleBlock;
+    c.quantized_partials = c.hidden % kScaleBlock == 0 && chance(0.7);
+    constexpr int kPercent[] = {0, 20, 80};
+    c.wire_percent = kPercent[pick(0, 2)];
+    cases_.refill(c);
+    o.has_y = chance(0.9);
+    o.has_scalars = !o.has_y || chance(0.6);
+    o.shared = (12 << 10) + pick(1, 20) * kMostSegmentBytes;
+    pick_results(o);
+    return o;
+  }
+
+ private:
+  // A slot of the ring.
+  static constexpr int kMostSegmentBytes = 4096;
+
+  int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng_); }
+  bool chance(double p) { return std::uniform_real_distribution<double>()(rng_) < p; }
+
+  // Every second rank's rows begin with zeros: blocks that have no scale of their own.
+  void pick_results(Combine& o) {
+    const Case& c = o.c;
+    o.results = random_results(c, rng_);
+    const size_t row = c.hidden * size_of(c.type);
+    const size_t zeros = std::min(row, kScaleBlock * size_of(c.type));
+    for (int r = 1; r < c.x.num_ranks; r += 2) {
+      for (int i = 0; i < c.x.num_rows; ++i) std::memset(&o.results.y[r][i * row], 0, zeros);
+    }
+  }
+
+  std::mt19937 rng_;
+  RandomCases cases_;
+};
+
+void describe(const Combine& o, size_t i) {
+  const Case& c = o.c;
+  const Exchange& x = c.x;
+  std::printf(
+      "  combine %zu: R=%d E=%d T=%d K=%d rows=%d A=%d batched=%d H=%d type=%d fp8=%d weights=%d "
+      "y=%d scalars=%d blocks=%d wire_percent=%d shared=%d\n",
+      i, x.num_ranks, x.num_experts, x.num_tokens, x.top_k, x.num_rows, x.alignment, x.batched,
+      c.hidden, int(c.type), o.is_fp8(), c.weights, o.has_y, o.has_scalars, c.num_sms,
+      c.wire_percent, o.shared);
+}
+
+bool is_poison(const char* first, size_t bytes) {
+  return std::all_of(first, first + bytes, [](char byte) { return byte == char(0xff); });
+}
+
+void check(const Combine& o, int r) {
+  const RankArrays& a = o.a[r];
+  if (o.has_y) {
+    expect_same("combined", r, a.out, host_combine(o.c, o.plan, o.results.y, o.results.weights, r));
+  }
+  if (o.has_scalars) {
+    check_scalars(o.c, o.plan, o.results, r, a.scalars_out);
+  } else {
+    EXPECT(is_poison(reinterpret_cast<const char*>(a.scalars_out), o.scalar_bytes()));
+  }
+}
+
+void run_case(uint64_t seed, int ranks) {
+  CombineWorld w(Series(seed).next(ranks), seed, kForever);
+  for (int r = 0; r < ranks; ++r) {
+    for (size_t i = 0; i < w.combines.size(); ++i) w.issue(i, r);
+  }
+  w.run();
+  for (size_t i = 0; i < w.combines.size(); ++i) {
+    const int before = failures;
+    for (int r = 0; r < ranks; ++r) check(w.combines[i], r);
+    if (failures != before) describe(w.combines[i], i);
+  }
+  for (const FaultRecord& f : w.records) check_no_fault(f);
+}
+
+// What results are before an operation that fails, which is not what they are then.
+constexpr char kMark = 0x11;
+
+// One combine of some tokens, for which ranks wait a short time.
+CombineWorld failing_world(uint64_t seed, int ranks) {
+  Series series(seed);
+  Combine o;
+  do {
+    o = series.next_combine(ranks);
+  } while (o.c.x.num_tokens == 0);
+  return CombineWorld({o}, seed, kShort);
+}
+
+void mark(const Combine& o) {
+  for (const RankArrays& a : o.a) {
+    std::memset(a.out, kMark, o.out_bytes());
+    std::memset(a.scalars_out, kMark, o.scalar_bytes());
+  }
+}
+
+void expect_poison(const CombineWorld& w, int r) {
+  const Combine& o = w.combines[0];
+  if (o.has_y) EXPECT(is_poison(o.a[r].out, o.out_bytes()));
+  if (o.has_scalars) {
+    EXPECT(is_poison(reinterpret_cast<const char*>(o.a[r].scalars_out), o.scalar_bytes()));
+  }
+}
+
+void a_rank_is_absent(uint64_t seed, int ranks, int absent) {
+  CombineWorld w = failing_world(seed, ranks);
+  mark(w.combines[0]);
+  for (int r = 0; r < ranks; ++r) {
+    if (r != absent) w.issue(0, r);
+  }
+  w.run();
+  bool timed_out = false;
+  for (int r = 0; r < ranks; ++r) {
+    if (r == absent) continue;
+    const FaultRecord& f = w.records[r];
+    if (f.fault == uint32_t(Fault::kTimeout)) {
+      timed_out = true;  // of its peers' partials a rank may await those of who waits itself
+      EXPECT(f.awaited == absent || f.phase == uint32_t(Phase::kRows));
+    } else {
+      EXPECT(f.fault == uint32_t(Fault::kPeer));
+    }
+    expect_poison(w, r);
+  }
+  EXPECT(timed_out);
+}
+
+// Flags of the partials that rank `from` has sent to rank `to`.
+void flags_do_not_come(uint64_t seed, int ranks, int from, int to) {
+  CombineWorld w = failing_world(seed, ranks);
+  mark(w.combines[0]);
+  w.lose_flags(from, to);
+  for (int r = 0; r < ranks; ++r) w.issue(0, r);
+  w.run();
+  const FaultRecord& f = w.records[to];
+  EXPECT(f.fault == uint32_t(Fault::kTimeout) && f.awaited == from);
+  EXPECT(f.phase == uint32_t(Phase::kRows));
+  expect_poison(w, to);
+}
+
+int run_faults(int count, int seed, const std::vector<int>& groups) {
+  for (int i = 0; i < count; ++i) {
+    const int ranks = groups[i % groups.size()];
+    const int rank = i / int(groups.size()) % ranks;
+    const uint64_t s = seed * 1000003ull + i;
+    a_rank_is_absent(s, ranks, rank);
+    flags_do_not_come(s, ranks, rank, (rank + 1) % ranks);
+  }
+  std::printf("%d cases of faults, %d failures\n", count, failures);
+  return failures != 0;
+}
+
+int run(int count, int seed, const std::vector<int>& ranks) {
+  for (int i = 0; i < count; ++i) {
+    const int before = failures;
+    run_case(seed * 1000003ull + i, ranks[i % ranks.size()]);
+    if (failures != before) std::printf("case %d of seed %d\n", i, seed);
+  }
+  std::printf("%d cases, %d differences\n", count, failures);
+  return failures != 0;
+}
+
+}  // namespace
+}  // namespace jax_ep
+
+int main(int argc, char** argv) {
+  setvbuf(stdout, nullptr, _IOLBF, 0);
+  int cases = 8, seed = 1, ranks = 0;
+  bool faults = false;
+  const bool known = jax_ep::take_options(argc, argv,
+                                          {{"--cases", &cases},
+                                           {"--seed", &seed},
+                                           {"--ranks", &ranks},
+                                           {"--faults", nullptr, &faults}});
+  if (!known) return 2;
+  std::vector<int> groups = {2, 3, 5, 1, 4};
+  if (faults) groups = {2, 3};
+  if (ranks > 0) groups = {ranks};
+  if (faults) return jax_ep::run_faults(cases, seed, groups);
+  return jax_ep::run(cases, seed, groups);
+}
