@@ -4,6 +4,7 @@
 // of it when a rank stays away.
 //
 //   combine_test [--cases N] [--seed S] [--ranks R] [--faults]
+#include "../../kernels/combine_parts.cuh"
 #include "../options.h"
 #include "../random_case.h"
 #include "combine_world.h"
@@ -49,15 +50,12 @@ class Series {
     cases_.refill(c);
     o.has_y = chance(0.9);
     o.has_scalars = !o.has_y || chance(0.6);
-    o.shared = (12 << 10) + pick(1, 20) * kMostSegmentBytes;
+    o.shared = (12 << 10) + pick(1, 20) * kMostSegmentVecs * int(sizeof(Vec));
     pick_results(o);
     return o;
   }
 
  private:
-  // A slot of the ring.
-  static constexpr int kMostSegmentBytes = 4096;
-
   int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng_); }
   bool chance(double p) { return std::uniform_real_distribution<double>()(rng_) < p; }
 
