@@ -31,8 +31,8 @@ class Series {
     Case& c = o.c;
     c = cases_.next(ranks);
     const bool many_ranks = ranks > 8, many = !many_ranks && chance(0.05);
-    if (many || chance(0.4)) {
-      c.x.num_tokens = many ? pick(130, 300) : many_ranks ? 2 : pick(0, 40);
+    if (many || many_ranks || chance(0.4)) {
+      c.x.num_tokens = many ? pick(130, 300) : many_ranks ? pick(1, 2) : pick(0, 40);
     }
     if (chance(0.1)) c.x.top_k = kMaxTopK;
     if (many_ranks) c.num_sms = pick(1, 2);
