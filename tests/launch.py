@@ -105,13 +105,18 @@ def free_port():
         return s.getsockname()[1]
 
 
-def environment(args, rank, port):
-    """This process's, less proxies (the coordinator is local), plus what makes a rank."""
+def environment(args, rank, port, scratch):
+    """This process's, less proxies (the coordinator is local), plus what makes a rank.
+
+    `scratch`: a directory for pytest's temporary ones, which several of its processes that end at
+    once would otherwise remove under each other.
+    """
     env = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy")}
     env |= {
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": str(args.processes),
         "JAX_PROCESS_ID": str(rank),
+        "PYTEST_DEBUG_TEMPROOT": scratch,
         "PYTEST_ADDOPTS": f"{env.get('PYTEST_ADDOPTS', '')} -x -p no:cacheprovider",
         "PYTHONFAULTHANDLER": "1",
         "PYTHONUNBUFFERED": "1",
@@ -154,14 +159,16 @@ def main(argv=None):
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     ranks, port, why = [], free_port(), "with the launcher"
+    scratch = tempfile.mkdtemp(prefix="launch-pytest-")
     try:
         for r in range(args.processes):
-            env = environment(args, r, port)
+            env = environment(args, r, port, tempfile.mkdtemp(prefix=f"rank{r}-", dir=scratch))
             ranks.append(Rank(r, command, env, logs / f"rank{r}.log"))
         why = wait(ranks, args)
     finally:
         for rank in ranks:
             rank.stop(why)
+        shutil.rmtree(scratch, ignore_errors=True)
     worst = max(rank.status for rank in ranks)
     if why and why.startswith("at the deadline"):
         worst = max(worst, DEADLINE_STATUS)

@@ -32,7 +32,8 @@ def python(code):
 
 
 def test_ranks_know_themselves(tmp_path):
-    names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PLATFORMS", "XLA_FLAGS"
+    names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PLATFORMS"
+    names = *names, "XLA_FLAGS", "PYTEST_DEBUG_TEMPROOT"
     code = f"print(rank, *map(os.environ.get, {names}))"
     status, output = run(
         "-n", 3, "--devices-per-process", 2, "--logs", tmp_path / "logs", *python(code)
@@ -44,7 +45,9 @@ def test_ranks_know_themselves(tmp_path):
     assert re.fullmatch(r"127\.0\.0\.1:\d+", address)
     for r, log in enumerate(logs):
         assert log.startswith(f"{r} {address} 3 cpu ")
-        assert log.endswith("--xla_force_host_platform_device_count=2\n")
+        assert log.split()[-2] == "--xla_force_host_platform_device_count=2"
+    scratch = {log.split()[-1] for log in logs}
+    assert len(scratch) == 3 and not any(map(os.path.exists, scratch))
 
 
 def test_one_gpu_each(tmp_path, monkeypatch):

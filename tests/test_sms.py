@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_info_says_the_rule_without_a_gpu():
     (rule,) = _sms.rule()
-    assert "at 67 and 57 GB/s through memory an SM, times 1.25; plan" in rule
+    assert "at 67 and 57 GB/s through memory an SM, times 1.25; small" in rule
     assert _info.default_sms([]) == [rule]
 
 

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // jax_ep_plan: who sends which rows where.
+#include <algorithm>
+
 #include "call.h"
 #include "handlers.h"
 #include "rows.h"
@@ -23,7 +25,8 @@ ffi::Error plan(cudaStream_t stream, const Attributes& a, ffi::RemainingArgs arg
   if (!checker.ok() || !enter(a, Operation::kPlan, checker, &p.call, &member))
     return checker.error();
   p.call.signature = signature_of(a, member, Operation::kPlan).value();
-  const Launch how = launch_of(a, member, stream);
+  Launch how = launch_of(a, member, stream);
+  how.num_sms = std::min(how.num_sms, plan_sms(member.group->most_sms(member.rank)));
   if (const Nodes* nodes = member.group->nodes()) {
     Call call = p.call;
     call.operation = Operation::kRouting;

@@ -306,6 +306,10 @@ __device__ __forceinline__ void fence_global_for_bulk_copies() {
 #endif
 }
 
+// At the start of a branch: it stays one. Of a short branch the compiler makes selections, which
+// cost every time.
+__device__ __forceinline__ void keep_branch() { asm volatile(""); }
+
 // Dynamic shared memory of the running launch.
 __device__ __forceinline__ uint32_t dynamic_shared_bytes() {
   uint32_t bytes;

@@ -177,6 +177,13 @@ struct RowSum {
     }
   }
 
+  __device__ __forceinline__ void add(int j, const Vec& row) {  // as with a weight of one
+    float x[Pack<T>::kCount];
+    unpack<T>(row, x);
+#pragma unroll
+    for (int i = 0; i < Pack<T>::kCount; ++i) value[j][i] = __fadd_rn(value[j][i], x[i]);
+  }
+
   __device__ __forceinline__ void add(int j, const Fp8<T>& q, float scale) {
 #pragma unroll
     for (int i = 0; i < Pack<T>::kCount; ++i) {

@@ -15,6 +15,9 @@ constexpr int kFullBlock = 1024;
 
 __device__ __forceinline__ int lane_id() { return threadIdx.x % 32; }
 
+// `v`, by all lanes: kept in a register, where the compiler would rather compute it at each use.
+__device__ __forceinline__ int computed_once(int v) { return __shfl_sync(kAllLanes, v, lane_id()); }
+
 // The pointer that `lane` holds.
 template <typename P>
 __device__ __forceinline__ P* of_lane(P* p, int lane) {

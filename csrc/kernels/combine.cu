@@ -24,6 +24,7 @@
 // and scales of a segment, one behind the other:
 //
 //   e4m3 [H]   float32 scales [H/128]   nothing, up to a multiple of 128 bytes
+#include "../device/kernel.cuh"
 #include "combine_consumer.cuh"
 #include "combine_finder.cuh"
 #include "combine_signaller.cuh"
@@ -65,14 +66,13 @@ __device__ Body make_body(const CombineParams& p, const Op& op) {
 // Each warp's role, once the ring is there and the peers have lent their memory.
 template <typename T, bool kFp8>
 __device__ void play_roles(const Body& b) {
-  extern __shared__ __align__(128) Vec rows[];
   __shared__ RingState state;
   __shared__ Orders orders;
   __shared__ Pushes pushes;
   __shared__ Borrowed peers;
   const int warp = threadIdx.x / 32;
   const bool wire = int(blockIdx.x) < b.roles.wire;
-  Ring ring(state, rows, b.slot_bytes(), dynamic_shared_bytes());
+  Ring ring(state, dynamic_shared(), b.slot_bytes(), dynamic_shared_bytes());
   if (blockIdx.x == 0) lend_outputs(b.op);
   if (warp == kFirstConsumer) {
     ring.init(kConsumerWarps);
@@ -90,7 +90,7 @@ __device__ void play_roles(const Body& b) {
   } else if (warp == kSignallerWarp) {
     if (wire) signal_pushes(b, pushes);
   } else {
-    Consumer<T, kFp8>(b, ring, pushes).run();
+    consume<T, kFp8>(b.cut.segment_vecs, b.p.power_of_two_scales, ring, &pushes);
   }
 }
 
@@ -120,11 +120,9 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_all_ranks(const Co
 
 // Shared memory for the rows of the ring on the current device: all there is.
 cudaError_t ring_bytes(int* bytes) {
-  int device;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  error = cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  *bytes -= kOtherShared;
+  int most = 0;
+  const cudaError_t error = most_dynamic_shared(&most);
+  *bytes = most - kOtherShared;
   return error;
 }
 
@@ -134,14 +132,14 @@ cudaError_t launch(const CombineParams* params, const Launch& how) {
   const cudaError_t error = ring_bytes(&bytes);
   if (error != cudaSuccess) return error;
   if (how.all_ranks == 0) {
-    combine_kernel<T, kFp8><<<how.num_sms, kCombineThreads, bytes, how.stream>>>(*params);
-  } else if constexpr (kAllRanks) {
-    const dim3 grid(how.num_sms, how.all_ranks);
-    combine_all_ranks<T, kFp8><<<grid, kCombineThreads, bytes, how.stream>>>(params);
-  } else {
-    return cudaErrorNotSupported;
+    return launch_kernel(combine_kernel<T, kFp8>, how.num_sms, kCombineThreads, bytes, how.stream,
+                         *params);
   }
-  return cudaGetLastError();
+  if constexpr (kAllRanks) {
+    return launch_kernel(combine_all_ranks<T, kFp8>, dim3(how.num_sms, how.all_ranks),
+                         kCombineThreads, bytes, how.stream, params);
+  }
+  return cudaErrorNotSupported;
 }
 
 template <typename T, bool kFp8>

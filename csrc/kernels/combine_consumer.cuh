@@ -11,30 +11,28 @@ namespace jax_ep {
 template <typename T, bool kFp8>
 class Consumer {
  public:
-  __device__ __forceinline__ Consumer(const Body& b, const Ring& ring, const Pushes& pushes)
+  __device__ __forceinline__ Consumer(int segment_vecs, bool power_of_two, const Ring& ring,
+                                      const Pushes& pushes)
       : ring_(ring),
         pushes_(pushes),
         stored_(shared_address(pushes.stored)),
-        power_of_two_(b.p.power_of_two_scales),
+        power_of_two_(power_of_two),
         first_(threadIdx.x - 32 * kFirstConsumer) {
 #pragma unroll
     for (int j = 0; j < kColumnVecs; ++j) {
-      here_[j] = first_ - lane_id() + j * kConsumers < b.cut.segment_vecs;
-      at_[j] = min_int(first_ + j * kConsumers, b.cut.segment_vecs - 1);
+      if (first_ - lane_id() + j * kConsumers < segment_vecs) here_ = j + 1;
+      at_[j] = computed_once(min_int(first_ + j * kConsumers, segment_vecs - 1));
     }
+    here_ = computed_once(here_);
   }
 
   // All rows that the filler sends. What lies in a slot behind its row is added too, to columns
   // that are never stored.
   __device__ __forceinline__ void run() {
-    for (;;) {
-      const Note note = ring_.await();
-      if (kFp8 && (note.what & kFp8Row)) {
-        add_fp8_row(vecs_of(note));
-      } else {
-        add_row(note.weight);
-      }
-      if (note.what >= kSomething && !follow(note)) return;
+    if (here_ == kColumnVecs) {
+      add_rows<true>();
+    } else {
+      add_rows<false>();
     }
   }
 
@@ -42,47 +40,67 @@ class Consumer {
   using Word = typename Fp8<T>::Word;
   static constexpr int kLanes = kScaleBlock / Pack<T>::kCount;  // that share a scale
 
+  // kAll: this warp has columns in every one of its places, and need not ask.
+  template <bool kAll>
+  __device__ __forceinline__ void add_rows() {
+    for (;;) {
+      const Note note = ring_.await();
+      if (kFp8 && (note.what & kFp8Row)) {
+        add_fp8_row<kAll>(vecs_of(note));
+      } else {
+        add_row<kAll>(note.weight);
+      }
+      if (note.what >= kSomething && !follow(note)) return;
+    }
+  }
+
+  template <bool kAll>
   __device__ __forceinline__ void add_row(float weight) {
     Columns<kColumnVecs> row;
 #pragma unroll
     for (int j = 0; j < kColumnVecs; ++j) {
-      if (here_[j]) row.v[j] = ring_.at<Vec>(at_[j] * int(sizeof(Vec)));
+      if (kAll || j < here_) row.v[j] = ring_.at<Vec>(at_[j] * int(sizeof(Vec)));
     }
     ring_.release();
 #pragma unroll
     for (int j = 0; j < kColumnVecs; ++j) {
-      if (here_[j]) sum_.add(j, row.v[j], weight);
+      if (kAll || j < here_) sum_.add(j, row.v[j], weight);
     }
   }
 
   // A partial as it has travelled: values, and behind all of them the scales.
+  template <bool kAll>
   __device__ __forceinline__ void add_fp8_row(int vecs) {
     Word q[kColumnVecs];
     uint32_t scale[kColumnVecs];
 #pragma unroll
     for (int j = 0; j < kColumnVecs; ++j) {
-      if (!here_[j]) continue;
+      if (!kAll && j >= here_) continue;
       q[j] = ring_.at<Word>(at_[j] * int(sizeof(Word)));
       scale[j] = ring_.at<uint32_t>(vecs * int(sizeof(Word)) + at_[j] / kLanes * 4);
     }
     ring_.release();
 #pragma unroll
     for (int j = 0; j < kColumnVecs; ++j) {
-      if (here_[j]) sum_.add(j, Fp8<T>(q[j]), __uint_as_float(scale[j]));
+      if (kAll || j < here_) sum_.add(j, Fp8<T>(q[j]), __uint_as_float(scale[j]));
     }
   }
 
   // What a note asks for after its row. False: stop.
   __device__ __forceinline__ bool follow(const Note& note) {
     const uint32_t place = note.what >> kPlaceShift;
-    if (note.what & kClear) sum_ = {};
+    if (note.what & kClear) {
+      keep_branch();
+      sum_ = {};
+    }
     if (note.what & kHold) {
+      keep_branch();
       own_ = sum_.rounded();
       sum_ = {};
     }
     if (note.what & kAddOwn) {
 #pragma unroll
-      for (int j = 0; j < kColumnVecs; ++j) sum_.add(j, own_.v[j], 1.0f);
+      for (int j = 0; j < kColumnVecs; ++j) sum_.add(j, own_.v[j]);
     }
     if (note.what & kStore) {
       const Columns<kColumnVecs> columns = sum_.rounded();
@@ -127,11 +145,19 @@ class Consumer {
   const Pushes& pushes_;
   const uint32_t stored_;  // address of its barriers
   const bool power_of_two_;
-  const int first_;         // of my columns, in Vecs of an item
-  int at_[kColumnVecs];     // my columns in a slot
-  bool here_[kColumnVecs];  // some lane of this warp has columns there
+  const int first_;      // of my columns, in Vecs of an item
+  int at_[kColumnVecs];  // my columns in a slot
+  int here_ = 0;         // in so many of these some lane of this warp has columns
   RowSum<T, kColumnVecs> sum_;
   Columns<kColumnVecs> own_ = {};
 };
+
+// The whole role. A function of its own, so that what consumers keep in registers does not take
+// them from the finder, which then spills.
+template <typename T, bool kFp8>
+__device__ __noinline__ void consume(int segment_vecs, bool power_of_two, Ring ring,
+                                     const Pushes* pushes) {
+  Consumer<T, kFp8>(segment_vecs, power_of_two, ring, *pushes).run();
+}
 
 }  // namespace jax_ep

@@ -48,7 +48,7 @@ class Finder {
         runs, [&](const Run& run) { return find_pushes(b, lane_, run); },
         [&](Batch& batch) {
           weigh(p, batch);
-          find_scalars_to_push(p, batch);
+          find_scalars_to_push(b, batch);
         },
         [&](const Batch& batch) { return push(batch); });
     end_pushes();
@@ -74,42 +74,43 @@ class Finder {
  private:
   // All notes of a batch at once.
   __device__ __forceinline__ bool push(const Batch& batch) {
+    const bool here = batch.item >= 0;
+    const Item at = item_to_push(b, here ? batch.item : 0);
     if (batch.pair >= 0) {
-      const size_t pair =
-          batch.pair - size_t(batch.source) * p.exchange.num_tokens * p.exchange.top_k;
-      reinterpret_cast<float*>(peers_.output[batch.source][kScalars])[pair] = batch.scalar;
+      const size_t pair = batch.pair - size_t(at.source) * p.exchange.num_tokens * p.exchange.top_k;
+      reinterpret_cast<float*>(peers_.output[at.source][kScalars])[pair] = batch.scalar;
     }
     __syncwarp();  // all scalars before the orders
     const bool has_row = batch.row >= 0 && b.vecs > 0;
     const int rows = __popc(__ballot_sync(kAllLanes, has_row) & lane_.lanes);
     const int notes = max_int(1, rows);  // of the item
-    const bool has_note = batch.here && lane_.k < notes;
+    const bool has_note = here && lane_.k < notes;
     const unsigned all = __ballot_sync(kAllLanes, has_note);
-    Note note{batch.weight, uint32_t(b.vecs_of(batch.segment)), nullptr};
+    Note note{batch.weight, uint32_t(b.vecs_of(at.segment)), nullptr};
     if (has_note && lane_.k == notes - 1) {
-      const uint32_t place = tell(told_ + lane_.item, batch);
-      char* partial = rows > 0 ? partial_on_source(batch) : nullptr;
-      if (partial != nullptr) note.to = partial + b.values_at(batch.segment);
+      const uint32_t place = tell(told_ + lane_.item, at);
+      char* partial = rows > 0 ? partial_on_source(at, batch.slot) : nullptr;
+      if (partial != nullptr) note.to = partial + b.values_at(at.segment);
       if (partial != nullptr && b.fp8()) {
-        pushes_.scales[place] = partial + b.scales_at(batch.segment);
+        pushes_.scales[place] = partial + b.scales_at(at.segment);
       }
       note.what |= (note.to == nullptr ? kClear : kStore) | kTell | place << kPlaceShift;
     }
     told_ += batch.count;
     queue_.put(has_note ? __popc(all & ((1u << lane_id()) - 1)) : -1, __popc(all), note,
-               has_row ? row_of(batch) : Piece{});
+               has_row ? row_of(batch.row, at.segment) : Piece{});
     return !__any_sync(kAllLanes, batch.broken != 0);
   }
 
   // Null, and the end of the group, if it would leave the peer's buffer.
-  __device__ __forceinline__ char* partial_on_source(const Batch& batch) {
-    const size_t slot = size_t(batch.t) * partial_slots(p.exchange) + batch.slot;
-    const uint64_t bytes = peers_.bytes[batch.source][kPartials];
+  __device__ __forceinline__ char* partial_on_source(const Item& at, int slot_of_token) {
+    const size_t slot = size_t(at.t) * partial_slots(p.exchange) + slot_of_token;
+    const uint64_t bytes = peers_.bytes[at.source][kPartials];
     if ((slot + 1) * b.partial_bytes() > bytes) {
-      b.op.fail(Fault::kBounds, Phase::kRows, batch.source, slot, bytes);
+      b.op.fail(Fault::kBounds, Phase::kRows, at.source, slot, bytes);
       return nullptr;
     }
-    return peers_.output[batch.source][kPartials] + slot * b.partial_bytes();
+    return peers_.output[at.source][kPartials] + slot * b.partial_bytes();
   }
 
   __device__ __forceinline__ bool sum(const Batch& batch) {
@@ -122,8 +123,9 @@ class Finder {
   }
 
   __device__ __forceinline__ bool sum_item(const Batch& batch, int item) {
-    const bool mine = batch.here && lane_.item == item;
-    const int t = of_item(batch.t, item), segment = of_item(batch.segment, item);
+    const bool mine = batch.item >= 0 && lane_.item == item;
+    const int first = __shfl_sync(kAllLanes, batch.item, 0);
+    const Item at = item_to_sum(b, first + item);
     // Ranks that the token's pairs name, and those that have kept one of them: they send a partial.
     uint64_t named = 0, kept = 0;
     if (b.op.R > 1 && b.vecs > 0) {
@@ -132,8 +134,8 @@ class Finder {
       kept = set_of_ranks(other && batch.pair_row >= 0, batch.rank, b.op.R);
     }
     const int before_own = count_below(kept, b.op.me), partials = __popcll(kept);
-    const uint32_t vecs = b.vecs_of(segment);
-    char* to = p.out + size_t(t) * b.row_bytes + b.offset(segment);
+    const uint32_t vecs = b.vecs_of(at.segment);
+    char* to = p.out + size_t(at.t) * b.row_bytes + b.offset(at.segment);
 
     const bool has_row = mine && batch.row >= 0 && b.vecs > 0;
     const int rows = __popc(__ballot_sync(kAllLanes, has_row));
@@ -144,33 +146,28 @@ class Finder {
       if (partials == 0) last |= kStore;
       const Note note{batch.weight, lane_.k == own - 1 ? vecs | last : vecs, to};
       queue_.put(mine && lane_.k < own ? lane_.k : -1, own, note,
-                 has_row ? row_of(batch) : Piece{});
+                 has_row ? row_of(batch.row, at.segment) : Piece{});
     }
-    if (!await_arrivals(t)) return false;
+    if (!await_arrivals(at.t)) return false;
     for (int rank = lane_id(); rank - lane_id() < b.op.R && partials > 0; rank += 32) {
       const int order = count_below(kept, rank), earlier = count_below(kept, rank - lane_id());
       const int some = count_below(kept >> (rank - lane_id()), 32);
-      const size_t slot = size_t(t) * partial_slots(p.exchange) + count_below(named, rank);
+      const size_t slot = size_t(at.t) * partial_slots(p.exchange) + count_below(named, rank);
       Note note{1.0f, vecs, to};
       if (rows > 0 && order == before_own - 1) note.what |= kAddOwn;
       if (order == partials - 1) note.what |= kStore;
       if (b.fp8()) note.what |= kFp8Row;
       const char* partial = p.partials + slot * b.partial_bytes();
       queue_.put(kept >> rank & 1 ? order - earlier : -1, some, note,
-                 {partial + b.values_at(segment), int(vecs) * b.wire_bytes},
-                 b.fp8() ? Piece{partial + b.scales_at(segment), b.scale_bytes(vecs)} : Piece{});
+                 {partial + b.values_at(at.segment), int(vecs) * b.wire_bytes},
+                 b.fp8() ? Piece{partial + b.scales_at(at.segment), b.scale_bytes(vecs)} : Piece{});
     }
     return true;
   }
 
-  // What the lanes of an item have.
-  __device__ __forceinline__ int of_item(int value, int item) const {
-    return __shfl_sync(kAllLanes, value, item * p.exchange.top_k);
-  }
-
-  __device__ __forceinline__ Piece row_of(const Batch& batch) const {
-    return {p.y + size_t(batch.row) * b.row_bytes + b.offset(batch.segment),
-            b.vecs_of(batch.segment) * int(sizeof(Vec))};
+  __device__ __forceinline__ Piece row_of(int row, int segment) const {
+    return {p.y + size_t(row) * b.row_bytes + b.offset(segment),
+            b.vecs_of(segment) * int(sizeof(Vec))};
   }
 
   // The chunk of my token t of every other rank, for bulk copies too: of the filler, which is told
@@ -191,11 +188,11 @@ class Finder {
   }
 
   // By one lane: the n-th entry for the signaller, which has read what was there before.
-  __device__ __forceinline__ uint32_t tell(uint32_t n, const Batch& batch) {
+  __device__ __forceinline__ uint32_t tell(uint32_t n, const Item& at) {
     const uint32_t place = n % kPlaces;
     while (!is_complete(counted_ + place * 8, phase_of(n) ^ 1)) {
     }
-    pushes_.entry[place] = {batch.t, batch.source};
+    pushes_.entry[place] = {at.t, at.source};
     return place;
   }
 

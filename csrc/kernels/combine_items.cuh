@@ -56,9 +56,8 @@ class Runs {
 // A run on its way: lanes [0, K) have the pairs of its first item, the next K those of the second.
 // A lane's row is the k-th of my rows of the token, its pair the k-th of the token.
 struct Batch {
-  int count = 0;      // items, the same in all lanes
-  bool here = false;  // this lane belongs to one
-  int t = 0, source = 0, segment = 0;
+  int count = 0;  // items, the same in all lanes
+  int item = -1;  // to which this lane belongs, if it does
   int row = -1;
   float weight = 1.0f;
   int slot = 0;                  // of the partial on the source
@@ -66,6 +65,11 @@ struct Batch {
   int pair = -1;                 // that gets a scalar
   float scalar = 0.0f;
   uint32_t broken = 0;
+};
+
+// A token's segment, and whose token it is.
+struct Item {
+  int t, segment, source;
 };
 
 // Which pair of which item of a batch this lane has.
@@ -89,40 +93,46 @@ __device__ __forceinline__ int quotient(int n, int divisor) {
   return divisor == 1 ? n : n / divisor;  // mostly 1, and a division takes 20 instructions
 }
 
-// Items to push: a token's segments for one source after the other.
+// An item to push: a token's segments for one source after the other.
+__device__ __forceinline__ Item item_to_push(const Body& b, int item) {
+  const int segments = b.cut.segments, per_token = segments * (b.op.R - 1);
+  const int t = quotient(item, per_token);
+  const int rest = item - t * per_token, other = quotient(rest, segments);
+  const int source = b.op.me + 1 + other;
+  return {t, rest - other * segments, source < b.op.R ? source : source - b.op.R};
+}
+
+// A local item.
+__device__ __forceinline__ Item item_to_sum(const Body& b, int item) {
+  const int t = quotient(item, b.cut.segments);
+  return {t, item - t * b.cut.segments, b.op.me};
+}
+
+// Items to push.
 __device__ __forceinline__ Batch find_pushes(const Body& b, const Lane& lane, const Run& run) {
   const CombineParams& p = b.p;
-  const int T_ = p.exchange.num_tokens, K = p.exchange.top_k, segments = b.cut.segments;
+  const int T_ = p.exchange.num_tokens, K = p.exchange.top_k;
   Batch batch;
   batch.count = run.count;
-  batch.here = lane.item < run.count;
-  if (!batch.here) return batch;
-  const int item = run.first + lane.item, per_token = segments * (b.op.R - 1);
-  batch.t = quotient(item, per_token);
-  const int rest = item - batch.t * per_token, other = quotient(rest, segments);
-  batch.segment = rest - other * segments;
-  batch.source = b.op.me + 1 + other;
-  if (batch.source >= b.op.R) batch.source -= b.op.R;
-  const size_t token = size_t(batch.source) * T_ + batch.t;
+  if (lane.item >= run.count) return batch;
+  batch.item = run.first + lane.item;
+  const Item item = item_to_push(b, batch.item);
+  const size_t token = size_t(item.source) * T_ + item.t;
   batch.row = p.token_rows[token * K + lane.k];
   batch.slot = p.token_slot[token];
   batch.broken = static_cast<uint32_t>(b.op.broken_word());
   return batch;
 }
 
-// Local items: segments of my tokens.
+// Local items.
 __device__ __forceinline__ Batch find_sums(const Body& b, const Lane& lane, const Run& run) {
   const CombineParams& p = b.p;
-  const int T_ = p.exchange.num_tokens, K = p.exchange.top_k, segments = b.cut.segments;
+  const int T_ = p.exchange.num_tokens, K = p.exchange.top_k;
   Batch batch;
   batch.count = run.count;
-  batch.here = lane.item < run.count;
-  if (!batch.here) return batch;
-  const int item = run.first + lane.item;
-  batch.t = quotient(item, segments);
-  batch.segment = item - batch.t * segments;
-  batch.source = b.op.me;
-  const size_t pair = size_t(batch.t) * K + lane.k;
+  if (lane.item >= run.count) return batch;
+  batch.item = run.first + lane.item;
+  const size_t pair = size_t(item_to_sum(b, batch.item).t) * K + lane.k;
   batch.row = p.token_rows[size_t(b.op.me) * T_ * K + pair];
   batch.rank = p.pair_rank[pair];
   batch.pair_row = p.pair_row[pair];
@@ -134,8 +144,10 @@ __device__ __forceinline__ void weigh(const CombineParams& p, Batch& batch) {
 }
 
 // Scalars of my rows, for their pairs on the source.
-__device__ __forceinline__ void find_scalars_to_push(const CombineParams& p, Batch& batch) {
-  if (p.row_scalars == nullptr || batch.row < 0 || batch.segment != 0) return;
+__device__ __forceinline__ void find_scalars_to_push(const Body& b, Batch& batch) {
+  const CombineParams& p = b.p;
+  if (p.row_scalars == nullptr || batch.row < 0) return;
+  if (item_to_push(b, batch.item).segment != 0) return;
   batch.scalar = p.row_scalars[batch.row];
   batch.pair = p.row_pair[batch.row];  // of the group
 }
@@ -143,9 +155,11 @@ __device__ __forceinline__ void find_scalars_to_push(const CombineParams& p, Bat
 // Scalars of my pairs whose rows are here, and zero for pairs without a row.
 __device__ __forceinline__ void find_own_scalars(const Body& b, const Lane& lane, Batch& batch) {
   const CombineParams& p = b.p;
-  if (p.row_scalars == nullptr || !batch.here || batch.segment != 0) return;
+  if (p.row_scalars == nullptr || batch.item < 0) return;
+  const Item item = item_to_sum(b, batch.item);
+  if (item.segment != 0) return;
   if (batch.pair_row >= 0 && batch.rank != b.op.me) return;  // comes from its rank
-  batch.pair = batch.t * p.exchange.top_k + lane.k;
+  batch.pair = item.t * p.exchange.top_k + lane.k;
   if (batch.pair_row >= 0) batch.scalar = p.row_scalars[batch.pair_row];
 }
 

@@ -24,7 +24,7 @@ using LaneSum = RowSum<T, kLaneVecs>;
 template <typename T>
 __device__ __forceinline__ void add_rounded(LaneSum<T>& sum, const LaneVecs& row) {
 #pragma unroll
-  for (int j = 0; j < kLaneVecs; ++j) sum.add(j, row.v[j], 1.0f);
+  for (int j = 0; j < kLaneVecs; ++j) sum.add(j, row.v[j]);
 }
 
 struct Addend {

@@ -55,4 +55,12 @@ inline int default_sms(const Speeds& gpu, const Demand& of) {
   return std::clamp(static_cast<int>(std::ceil(kSpareSms * gbs / of.gbs_per_sm)), 1, gpu.sms);
 }
 
+// A plan's blocks wait for each other and for those of the peers, all of them. So it leaves SMs to
+// a collective of someone else that has begun on one GPU and waits for another, NCCL's at most 32
+// blocks: if both wanted all SMs, each would have some and wait for the other.
+constexpr int kLeftByPlans = 32;
+
+// At most, of the SMs that a rank may have.
+inline int plan_sms(int sms) { return sms - std::min(kLeftByPlans, sms / 4); }
+
 }  // namespace jax_ep

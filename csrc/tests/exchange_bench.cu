@@ -111,7 +111,9 @@ int main(int argc, char** argv) {
     }
     std::printf("R=%d T=%d H=%d E=%d K=%d rows=%d sms=%d wire=%d fp8_combine=%d\n", devices, T, H,
                 E, K, c.x.num_rows, sms, wire, fp8_combine);
+    c.num_sms = std::min(sms, plan_sms(group.most_sms(0)));
     time_op("plan", group, h, [&](int r) { h.plan(r); });
+    c.num_sms = sms;
     c.wire_percent = percent;
     if (percent > 0) std::printf("%d %% of blocks push\n", percent);
     time_op("dispatch", group, h, [&](int r) { h.dispatch(r); });

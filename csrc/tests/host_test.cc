@@ -179,6 +179,7 @@ void default_sms_keep_up_with_memory_or_link() {
   EXPECT(default_sms(silent, rows) == 132 && default_sms(h100, Demand{}) == 132);
   EXPECT(default_sms({132, 3352, 0}, rows) == 63);  // a link that does not say is no bound
 
+  EXPECT(plan_sms(132) == 100 && plan_sms(33) == 25 && plan_sms(3) == 3 && plan_sms(1) == 1);
   const Demand alone = dispatch_demand(1, 8);  // nothing crosses a link
   EXPECT(alone.link == 0 && alone.memory == 9 && default_sms(h100, alone) == 63);
   EXPECT(default_sms(h100, dispatch_demand(8, 8)) == 29);  // 4.6 copies: the link binds

@@ -115,6 +115,21 @@ void run_case(uint64_t seed, int ranks) {
   for (const FaultRecord& f : w.records) check_no_fault(f);
 }
 
+// One rank's blocks that only work locally begin when everybody else has ended: peers do not wait
+// for them.
+void local_blocks_are_late(uint64_t seed, int ranks) {
+  CombineWorld w({Series(seed).next_combine(ranks)}, seed, kForever);
+  Combine& o = w.combines[0];
+  o.c.num_sms = std::max(2, o.c.num_sms);
+  o.c.wire_percent = std::max(20, o.c.wire_percent);
+  w.machine.crowd(seed % ranks, split_roles(o.c.num_sms, ranks, o.c.wire_percent).wire);
+  for (int r = 0; r < ranks; ++r) w.issue(0, r);
+  w.run();
+  const int before = failures;
+  for (int r = 0; r < ranks; ++r) check(o, r);
+  if (failures != before) describe(o, 0);
+}
+
 // What results are before an operation that fails, which is not what they are then.
 constexpr char kMark = 0x11;
 
@@ -194,6 +209,9 @@ int run(int count, int seed, const std::vector<int>& ranks) {
   for (int i = 0; i < count; ++i) {
     const int before = failures;
     run_case(seed * 1000003ull + i, ranks[i % ranks.size()]);
+    if (ranks[i % ranks.size()] > 1) {
+      local_blocks_are_late(seed * 1000003ull + i, ranks[i % ranks.size()]);
+    }
     if (failures != before) std::printf("case %d of seed %d\n", i, seed);
   }
   std::printf("%d cases, %d differences\n", count, failures);

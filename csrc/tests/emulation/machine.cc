@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -266,7 +267,16 @@ void Machine::start(int stream) {
   const Kernel kernel = std::move(s.waiting.front());
   s.waiting.pop_front();
   s.running = kernel.blocks;
-  for (int i = 0; i < kernel.blocks; ++i) {
+  const auto crowded = room_.extract(stream);
+  const int room = crowded.empty() ? kernel.blocks : std::min(crowded.mapped(), kernel.blocks);
+  start_blocks(stream, kernel, 0, room);
+  if (room == kernel.blocks) return;
+  later_.push_back(
+      [this, stream, kernel, room] { start_blocks(stream, kernel, room, kernel.blocks); });
+}
+
+void Machine::start_blocks(int stream, const Kernel& kernel, int first, int last) {
+  for (int i = first; i < last; ++i) {
     blocks_.push_back(std::make_unique<Block>(*this, stream, i, kernel.name, kernel.blocks,
                                               kernel.threads, kernel.shared, kernel.body));
   }
@@ -277,6 +287,10 @@ bool Machine::has_work() {
   for (auto& [number, stream] : streams_) {
     start(number);
     waiting |= !stream.waiting.empty();
+  }
+  if (blocks_.empty()) {
+    for (auto& start_the_rest : later_) start_the_rest();
+    later_.clear();
   }
   return waiting || !blocks_.empty();
 }

@@ -72,6 +72,8 @@ class Machine {
   // With some bytes of dynamic shared memory.
   void launch(int stream, const std::string& name, int blocks, int threads, size_t shared,
               std::function<void()> kernel);
+  // Of the next kernel on a stream only the first `blocks` have room until nothing else runs.
+  void crowd(int stream, int blocks) { room_[stream] = blocks; }
   // The machine that this program has.
   static Machine& here();
   // Run all of them. `between`, now and then: what is no GPU's. Ends the program if that takes
@@ -97,11 +99,14 @@ class Machine {
     size_t running = 0;  // blocks
   };
   void start(int stream);
+  void start_blocks(int stream, const Kernel& kernel, int first, int last);
   bool has_work();
 
   std::mt19937_64 random_;
   uint64_t blocks_so_far_ = 0;
   std::map<int, Stream> streams_;
+  std::map<int, int> room_;                     // of crowded streams, in blocks
+  std::vector<std::function<void()>> later_;    // starts blocks that had no room
   std::vector<std::unique_ptr<Block>> blocks_;  // that have not ended
 };
 
