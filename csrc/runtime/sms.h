@@ -56,8 +56,9 @@ inline int default_sms(const Speeds& gpu, const Demand& of) {
 }
 
 // A plan's blocks wait for each other and for those of the peers, all of them. So it leaves SMs to
-// a collective of someone else that has begun on one GPU and waits for another, NCCL's at most 32
-// blocks: if both wanted all SMs, each would have some and wait for the other.
+// a collective of someone else that runs beside it and also waits for other GPUs: were the two to
+// want more than all SMs, each could hold what the other waits for. NCCL, unless told otherwise,
+// takes some 32 blocks at most.
 constexpr int kLeftByPlans = 32;
 
 // At most, of the SMs that a rank may have.

@@ -8,6 +8,7 @@
 #include "../options.h"
 #include "../random_case.h"
 #include "combine_world.h"
+#include "series.h"
 
 namespace jax_ep {
 namespace {
@@ -101,7 +102,7 @@ void check(const Combine& o, int r) {
   }
 }
 
-void run_case(uint64_t seed, int ranks) {
+void combines_in_a_row(uint64_t seed, int ranks) {
   CombineWorld w(Series(seed).next(ranks), seed, kForever);
   for (int r = 0; r < ranks; ++r) {
     for (size_t i = 0; i < w.combines.size(); ++i) w.issue(i, r);
@@ -128,6 +129,11 @@ void local_blocks_are_late(uint64_t seed, int ranks) {
   const int before = failures;
   for (int r = 0; r < ranks; ++r) check(o, r);
   if (failures != before) describe(o, 0);
+}
+
+void run_case(uint64_t seed, int ranks) {
+  combines_in_a_row(seed, ranks);
+  if (ranks > 1) local_blocks_are_late(seed, ranks);
 }
 
 // What results are before an operation that fails, which is not what they are then.
@@ -205,19 +211,6 @@ int run_faults(int count, int seed, const std::vector<int>& groups) {
   return failures != 0;
 }
 
-int run(int count, int seed, const std::vector<int>& ranks) {
-  for (int i = 0; i < count; ++i) {
-    const int before = failures;
-    run_case(seed * 1000003ull + i, ranks[i % ranks.size()]);
-    if (ranks[i % ranks.size()] > 1) {
-      local_blocks_are_late(seed * 1000003ull + i, ranks[i % ranks.size()]);
-    }
-    if (failures != before) std::printf("case %d of seed %d\n", i, seed);
-  }
-  std::printf("%d cases, %d differences\n", count, failures);
-  return failures != 0;
-}
-
 }  // namespace
 }  // namespace jax_ep
 
@@ -235,5 +228,5 @@ int main(int argc, char** argv) {
   if (faults) groups = {2, 3};
   if (ranks > 0) groups = {ranks};
   if (faults) return jax_ep::run_faults(cases, seed, groups);
-  return jax_ep::run(cases, seed, groups);
+  return jax_ep::run_series(cases, seed, groups, jax_ep::run_case);
 }

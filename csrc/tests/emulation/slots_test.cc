@@ -6,6 +6,7 @@
 //   slots_test [--cases N] [--seed S] [--ranks R [--local L]] [--nodes] [--faults]
 #include "../options.h"
 #include "../random_case.h"
+#include "series.h"
 #include "slot_world.h"
 
 namespace jax_ep {
@@ -327,16 +328,6 @@ int run_faults(int seed, const std::vector<Layout>& layouts) {
   return failures != 0;
 }
 
-int run(int count, int seed, const std::vector<Layout>& layouts) {
-  for (int i = 0; i < count; ++i) {
-    const int before = failures;
-    exchange(seed * 1000003ull + i, layouts[i % layouts.size()]);
-    if (failures != before) std::printf("case %d of seed %d\n", i, seed);
-  }
-  std::printf("%d cases, %d differences\n", count, failures);
-  return failures != 0;
-}
-
 }  // namespace
 }  // namespace jax_ep
 
@@ -357,5 +348,6 @@ int main(int argc, char** argv) {
   if (nodes) layouts = {{2, 1}, {4, 2}, {8, 2}, {8, 4}};
   if (nodes && faults) layouts = {{2, 1}, {4, 2}};
   if (ranks > 0) layouts = {{ranks, local > 0 ? local : ranks}};
-  return faults ? jax_ep::run_faults(seed, layouts) : jax_ep::run(cases, seed, layouts);
+  if (faults) return jax_ep::run_faults(seed, layouts);
+  return jax_ep::run_series(cases, seed, layouts, jax_ep::exchange);
 }
