@@ -25,7 +25,9 @@ def gshard():
     return load("gshard")
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.extensive)]
+)
 def test_gshard_checks_what_it_times(gshard, dtype):
     sizes = gshard.Sizes(R=8, T=12, H=8, K=3, E=16, capacity_factor=1.0)
     x, idx, weights = gshard.problem(sizes, dtype)

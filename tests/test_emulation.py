@@ -46,7 +46,7 @@ def check(program, options):
     assert " 0 differences" in result.stdout or " 0 failures" in result.stdout, result.stdout
 
 
-@pytest.mark.parametrize("options", [["--cases", "8"], ["--faults"]], ids=["exchange", "faults"])
+@pytest.mark.parametrize("options", [["--cases", "5"], ["--faults"]], ids=["exchange", "faults"])
 def test_results_and_faults(nodes_test, options):
     check(nodes_test, options)
 
@@ -57,7 +57,7 @@ def test_results_and_faults(nodes_test, options):
         ["--cases", "4"],
         ["--faults"],
         ["--ranks", "2", "--local", "1", "--cases", "6"],
-        ["--ranks", "4", "--local", "2", "--cases", "1"],
+        pytest.param(["--ranks", "4", "--local", "2", "--cases", "4"], marks=pytest.mark.extensive),
         ["--ranks", "2", "--local", "1", "--faults", "--seed", "3"],
     ],
     ids=["exchange", "faults", "two nodes", "two nodes of two", "faults of two nodes"],

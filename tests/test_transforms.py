@@ -211,7 +211,7 @@ def mesh_cases():
         marks = [pytest.mark.extensive]
         if (axis_type, i) in ((AUTO, 2), (AUTO, 5), (EXPLICIT, 4)):
             marks = []
-        elif (axis_type, i) in ((AUTO, 1), (AUTO, 3), (EXPLICIT, 1)):
+        elif (axis_type, i) in ((AUTO, 1), (EXPLICIT, 1)):
             marks = [pytest.mark.newest]
         shape, names, group = MESHES[i]
         yield pytest.param(shape, names, group, axis_type, marks=marks)
