@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from jax_ep import __main__, _bench
-from jax_ep._bench import beside, timing
+from jax_ep import __main__, _bench, _group
+from jax_ep._bench import beside, exchange, timing
 from jax_ep._bench.work import WORKLOADS, Moved, Traffic, Workload, routing
 
 ROWS = """
@@ -122,6 +122,21 @@ def test_shares_of_what_is_lost():
     assert beside.shares(100.0, 200.0, 300.0) == dict(
         alone_us=100.0, gemm_us=200.0, both_us=300.0, hidden=0.0, gemm_slower=0.5, op_slower=None
     )
+
+
+def test_a_failure_is_named_before_results_are_compared(monkeypatch):
+    def fail():
+        raise RuntimeError("rank 1, plan: waited for rank 0")
+
+    timer = types.SimpleNamespace(mapped=lambda _: lambda *_: np.zeros((2, 3)))
+    poisoned = types.SimpleNamespace(
+        timer=timer, on_device=lambda _: None, uniform=[0], x={"bfloat16": None}, weights=None
+    )
+    with pytest.raises(SystemExit, match="results differ"):
+        exchange.Exchange.check(poisoned)
+    monkeypatch.setattr(_group, "check", fail)
+    with pytest.raises(RuntimeError, match="rank 1, plan"):
+        exchange.Exchange.check(poisoned)
 
 
 @pytest.mark.parametrize(("words", "swept"), [([], __main__.SMS), (["16", "all"], [16, "all"])])

@@ -32,8 +32,10 @@ def python(code):
 
 
 def test_ranks_know_themselves(tmp_path):
-    names = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PLATFORMS"
-    names = *names, "XLA_FLAGS", "PYTEST_DEBUG_TEMPROOT"
+    names = (
+        *("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PLATFORMS"),
+        *("XLA_FLAGS", "PYTEST_DEBUG_TEMPROOT"),
+    )
     code = f"print(rank, *map(os.environ.get, {names}))"
     status, output = run(
         "-n", 3, "--devices-per-process", 2, "--logs", tmp_path / "logs", *python(code)
