@@ -13,7 +13,7 @@ def rule() -> list[str]:
     return [
         "dispatch, combine: as many as keep up with the memory, or with the links where these bind, at "
         f"{dispatch:g} and {combine:g} GB/s through memory an SM, times {spare:g}; "
-        "small batches, FP8 on the wire: all; plan: all but 32"
+        "small batches, FP8 on the wire, plan: all but 32, which are left to collectives of others"
     ]
 
 

@@ -14,7 +14,10 @@ pytestmark = pytest.mark.skipif(
 
 def test_info_says_the_rule_without_a_gpu():
     (rule,) = _sms.rule()
-    assert "at 67 and 57 GB/s through memory an SM, times 1.25; small" in rule
+    assert (
+        "at 67 and 57 GB/s through memory an SM, times 1.25; small batches, FP8 on the wire, plan: all but 32"
+        in rule
+    )
     assert _info.default_sms([]) == [rule]
 
 
@@ -23,7 +26,7 @@ def test_a_gpu_is_described_by_what_it_says_of_itself():
         "H100: 132 SMs, memory 3352 GB/s, links 478 GB/s: dispatch 63, combine 74 (R=2, K=8)"
     )
     silent = _sms.of_gpu("new", (100, 0.0, 0.0), num_ranks=2, top_k=8)
-    assert "memory unknown, links unknown: dispatch 100, combine 100" in silent
+    assert "memory unknown, links unknown: dispatch 75, combine 75" in silent
     bound_by_links = _ffi.default_sms(H100, 8, 8)
     assert bound_by_links["dispatch"] < 63 and bound_by_links["combine"] < 74
 

@@ -26,7 +26,8 @@ ffi::Error plan(cudaStream_t stream, const Attributes& a, ffi::RemainingArgs arg
     return checker.error();
   p.call.signature = signature_of(a, member, Operation::kPlan).value();
   Launch how = launch_of(a, member, stream);
-  how.num_sms = std::min(how.num_sms, plan_sms(member.group->most_sms(member.rank)));
+  // Whatever is asked for: all its blocks must be resident at once, and more gain it little.
+  how.num_sms = std::min(how.num_sms, leaving_room(member.group->most_sms(member.rank)));
   if (const Nodes* nodes = member.group->nodes()) {
     Call call = p.call;
     call.operation = Operation::kRouting;

@@ -249,7 +249,8 @@ int Group::most_sms(int rank) const {
 }
 
 int Group::default_sms(int rank, const Demand& of) const {
-  return std::min(jax_ep::default_sms(speeds_.at(devices_[rank]), of), most_sms(rank));
+  return std::min(jax_ep::default_sms(speeds_.at(devices_[rank]), of),
+                  leaving_room(most_sms(rank)));
 }
 
 bool Group::locate(int rank, const void* pointer, Location* out) const {

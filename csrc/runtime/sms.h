@@ -47,21 +47,22 @@ inline Demand combine_demand(int num_ranks, int top_k) {
   return {top_k + 2 * copies + 1, copies, kCombineGbsPerSm};
 }
 
-// All of them where something is not known.
-inline int default_sms(const Speeds& gpu, const Demand& of) {
-  if (of.gbs_per_sm <= 0 || gpu.memory_gbs <= 0) return gpu.sms;
-  double gbs = gpu.memory_gbs;  // through memory, when memory or link is at its limit
-  if (of.link > 0 && gpu.link_gbs > 0) gbs = std::min(gbs, gpu.link_gbs * of.memory / of.link);
-  return std::clamp(static_cast<int>(std::ceil(kSpareSms * gbs / of.gbs_per_sm)), 1, gpu.sms);
-}
-
-// A plan's blocks wait for each other and for those of the peers, all of them. So it leaves SMs to
-// a collective of someone else that runs beside it and also waits for other GPUs: were the two to
-// want more than all SMs, each could hold what the other waits for. NCCL, unless told otherwise,
-// takes some 32 blocks at most.
-constexpr int kLeftByPlans = 32;
+// Two kernels that both wait for other GPUs, on two streams: were they to want more than all SMs,
+// each could hold, on one GPU, what the other waits for on another one. So an operation leaves SMs
+// to a collective of someone else, unless the caller says how many it is to take. NCCL, unless told
+// otherwise, takes some 32 blocks at most.
+constexpr int kLeftToOthers = 32;
 
 // At most, of the SMs that a rank may have.
-inline int plan_sms(int sms) { return sms - std::min(kLeftByPlans, sms / 4); }
+inline int leaving_room(int sms) { return sms - std::min(kLeftToOthers, sms / 4); }
+
+// As many as leave room where something is not known.
+inline int default_sms(const Speeds& gpu, const Demand& of) {
+  const int most = leaving_room(gpu.sms);
+  if (of.gbs_per_sm <= 0 || gpu.memory_gbs <= 0) return most;
+  double gbs = gpu.memory_gbs;  // through memory, when memory or link is at its limit
+  if (of.link > 0 && gpu.link_gbs > 0) gbs = std::min(gbs, gpu.link_gbs * of.memory / of.link);
+  return std::clamp(static_cast<int>(std::ceil(kSpareSms * gbs / of.gbs_per_sm)), 1, most);
+}
 
 }  // namespace jax_ep

@@ -111,7 +111,7 @@ int main(int argc, char** argv) {
     }
     std::printf("R=%d T=%d H=%d E=%d K=%d rows=%d sms=%d wire=%d fp8_combine=%d\n", devices, T, H,
                 E, K, c.x.num_rows, sms, wire, fp8_combine);
-    c.num_sms = std::min(sms, plan_sms(group.most_sms(0)));
+    c.num_sms = std::min(sms, leaving_room(group.most_sms(0)));
     time_op("plan", group, h, [&](int r) { h.plan(r); });
     c.num_sms = sms;
     c.wire_percent = percent;

@@ -175,11 +175,12 @@ void default_sms_keep_up_with_memory_or_link() {
   EXPECT(default_sms(h100, rows) == 63);      // 1.25 * 3352 / 67 = 62.5: memory binds
   EXPECT(default_sms(h100, sums) == 74);      // 1.25 * 3352 / 57 = 73.5
   EXPECT(default_sms(slow_link, rows) == 5);  // 1.25 * 20 * 11 / 67 = 4.1
-  EXPECT(default_sms({16, 3352, 478}, rows) == 16);
-  EXPECT(default_sms(silent, rows) == 132 && default_sms(h100, Demand{}) == 132);
+  EXPECT(default_sms({16, 3352, 478}, rows) == 12);
+  EXPECT(default_sms(silent, rows) == 100 && default_sms(h100, Demand{}) == 100);
   EXPECT(default_sms({132, 3352, 0}, rows) == 63);  // a link that does not say is no bound
 
-  EXPECT(plan_sms(132) == 100 && plan_sms(33) == 25 && plan_sms(3) == 3 && plan_sms(1) == 1);
+  EXPECT(leaving_room(132) == 100 && leaving_room(33) == 25);
+  EXPECT(leaving_room(3) == 3 && leaving_room(1) == 1);
   const Demand alone = dispatch_demand(1, 8);  // nothing crosses a link
   EXPECT(alone.link == 0 && alone.memory == 9 && default_sms(h100, alone) == 63);
   EXPECT(default_sms(h100, dispatch_demand(8, 8)) == 29);  // 4.6 copies: the link binds
@@ -188,7 +189,7 @@ void default_sms_keep_up_with_memory_or_link() {
       EXPECT(copies_of_a_token(R, K) <= std::min(R - 1, K));
       for (const Speeds& gpu : {h100, slow_link, silent}) {
         const int n = default_sms(gpu, combine_demand(R, K));
-        EXPECT(n >= 1 && n <= gpu.sms);
+        EXPECT(n >= 1 && n <= leaving_room(gpu.sms));
       }
     }
   }
