@@ -150,14 +150,18 @@ def device_bus_id(device: int) -> str:
     return _ext.device_bus_id(device)
 
 
-def default_sms_numbers() -> tuple[float, float, float] | None:
-    """GB/s through memory of an SM in dispatch and in combine, and the factor for spare SMs."""
+def default_sms_numbers() -> tuple[float, float, float, float, int] | None:
+    """GB/s through memory of an SM in dispatch and in combine, us that each sum takes it besides,
+    the factor for spare SMs, and SMs left to others.
+    """
     return getattr(_ext, "default_sms_numbers", None)
 
 
-def default_sms(speeds: tuple[int, float, float], num_ranks: int, top_k: int) -> dict[str, int]:
+def default_sms(
+    speeds: tuple[int, float, float], num_ranks: int, top_k: int, row_bytes: int
+) -> dict[str, int]:
     """SMs of dispatch and combine on a GPU of `(SMs, GB/s of memory, of links)`."""
-    return _ext.default_sms(*speeds, num_ranks, top_k)
+    return _ext.default_sms(*speeds, num_ranks, top_k, row_bytes)
 
 
 def device_speeds(device: int) -> tuple[int, float, float]:

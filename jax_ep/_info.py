@@ -80,7 +80,7 @@ def default_sms(devices: list) -> list[str]:
     local = {d.device_kind: d for d in gpus if d.process_index == jax.process_index()}
     for kind, device in sorted(local.items()):
         speeds = _ffi.device_speeds(device.local_hardware_id)
-        lines.append(_sms.of_gpu(kind, speeds, num_ranks=max(2, len(gpus)), top_k=8))
+        lines.append(_sms.of_gpu(kind, speeds, max(2, len(gpus)), 8, 14336))
     return lines
 
 

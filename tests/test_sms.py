@@ -14,21 +14,21 @@ pytestmark = pytest.mark.skipif(
 
 def test_info_says_the_rule_without_a_gpu():
     (rule,) = _sms.rule()
-    assert (
-        "at 67 and 57 GB/s through memory an SM, times 1.25; small batches, FP8 on the wire, plan: all but 32"
-        in rule
-    )
+    assert "at 67 and 200 GB/s through memory an SM and 0.85 us a sum, times 1.25; " in rule
+    assert "plans: all but 32, which others keep; small batches: all" in rule
     assert _info.default_sms([]) == [rule]
 
 
 def test_a_gpu_is_described_by_what_it_says_of_itself():
-    assert _sms.of_gpu("H100", H100, num_ranks=2, top_k=8) == (
-        "H100: 132 SMs, memory 3352 GB/s, links 478 GB/s: dispatch 63, combine 74 (R=2, K=8)"
+    assert _sms.of_gpu("H100", H100, num_ranks=2, top_k=8, row_bytes=14336) == (
+        "H100: 132 SMs, memory 3352 GB/s, links 478 GB/s: dispatch 63, combine 67 "
+        "(R=2, K=8, rows of 14336 bytes)"
     )
-    silent = _sms.of_gpu("new", (100, 0.0, 0.0), num_ranks=2, top_k=8)
+    silent = _sms.of_gpu("new", (100, 0.0, 0.0), num_ranks=2, top_k=8, row_bytes=14336)
     assert "memory unknown, links unknown: dispatch 75, combine 75" in silent
-    bound_by_links = _ffi.default_sms(H100, 8, 8)
-    assert bound_by_links["dispatch"] < 63 and bound_by_links["combine"] < 74
+    bound_by_links = _ffi.default_sms(H100, 8, 8, 14336)
+    assert bound_by_links["dispatch"] < 63 and bound_by_links["combine"] < 67
+    assert _ffi.default_sms(H100, 2, 6, 4096)["combine"] == 100  # short rows: sums bind
 
 
 @pytest.mark.gpu

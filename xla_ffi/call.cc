@@ -93,8 +93,8 @@ void lend(const Member& member, Call* call, int slot, const void* data, size_t b
   call->lent.bytes[slot] = bytes;
 }
 
-Launch launch_of(const Attributes& a, const Member& member, cudaStream_t stream, const Demand& of) {
-  const int wanted = a.num_sms > 0 ? a.num_sms : member.group->default_sms(member.rank, of);
+Launch launch_of(const Attributes& a, const Member& member, cudaStream_t stream, int default_sms) {
+  const int wanted = a.num_sms > 0 ? a.num_sms : default_sms;
   return Launch{std::min(wanted, member.group->most_sms(member.rank)), stream, 0};
 }
 

@@ -61,9 +61,8 @@ Signature signature_of(const Attributes& a, const Member& member, Operation oper
 void lend(const Member& member, Call* call, int slot, const void* data, size_t bytes,
           Checker& checker);
 
-// On as many SMs as `of` takes by default, all without it.
-Launch launch_of(const Attributes& a, const Member& member, cudaStream_t stream,
-                 const Demand& of = {});
+// On as many SMs as the caller says, else on `default_sms`.
+Launch launch_of(const Attributes& a, const Member& member, cudaStream_t stream, int default_sms);
 ffi::Error launched(cudaError_t error, const char* operation);
 
 // The halves of a small batch's operation as the program names them.

@@ -60,15 +60,16 @@ ffi::Error combine(cudaStream_t stream, const Attributes& a, bool has_rows, bool
     const NodeCombine q{p, nodes->at,
                         combine_message(x, static_cast<int>(row_bytes), nodes->at.slot_bytes)};
     if (!fits_rings(a, *nodes, q.shape, checker)) return checker.error();
-    return launched(
-        nodes->library->launch_combine(q, nodes->elements, element, launch_of(a, member, stream)),
-        "jax_ep_combine between nodes");
+    const Launch where = launch_of(a, member, stream, member.group->default_sms(member.rank));
+    return launched(nodes->library->launch_combine(q, nodes->elements, element, where),
+                    "jax_ep_combine between nodes");
   }
   lend(member, &p.call, 0, p.partials, T * slots * partial_bytes, checker);
   lend(member, &p.call, 1, p.scalars, size_t(T) * K * sizeof(float), checker);
   if (!checker.ok()) return checker.error();
-  const Demand of = how == Wire::kCopy ? combine_demand(x.num_ranks, x.top_k) : Demand{};
-  return launched(launch_combine(&p, element, how, launch_of(a, member, stream, of)),
+  const Demand of = how == Wire::kCopy ? combine_demand(x.num_ranks, x.top_k, row_bytes) : Demand{};
+  const int sms = member.group->default_sms(member.rank, of);
+  return launched(launch_combine(&p, element, how, launch_of(a, member, stream, sms)),
                   "jax_ep_combine");
 }
 

@@ -59,12 +59,14 @@ ffi::Error dispatch(cudaStream_t stream, const Attributes& a, int64_t wire, bool
     const int scales = has_scales || how != Wire::kCopy ? static_cast<int>(S) : 0;
     const NodeDispatch q{p, nodes->at, dispatch_message(x, values, scales, nodes->at.slot_bytes)};
     if (!fits_rings(a, *nodes, q.shape, checker)) return checker.error();
-    return launched(nodes->library->launch_dispatch(q, nodes->elements, element, how,
-                                                    launch_of(a, member, stream)),
+    const Launch where = launch_of(a, member, stream, member.group->default_sms(member.rank));
+    return launched(nodes->library->launch_dispatch(q, nodes->elements, element, how, where),
                     "jax_ep_dispatch between nodes");
   }
-  const Demand of = how == Wire::kCopy ? dispatch_demand(x.num_ranks, x.top_k) : Demand{};
-  return launched(launch_dispatch(&p, element, how, p.hidden, launch_of(a, member, stream, of)),
+  const Demand of =
+      how == Wire::kCopy ? dispatch_demand(x.num_ranks, x.top_k, p.row_bytes) : Demand{};
+  const int sms = member.group->default_sms(member.rank, of);
+  return launched(launch_dispatch(&p, element, how, p.hidden, launch_of(a, member, stream, sms)),
                   "jax_ep_dispatch");
 }
 

@@ -32,11 +32,12 @@ nb::dict build_facts() {
   return facts;
 }
 
-nb::dict default_sms(int sms, double memory_gbs, double link_gbs, int num_ranks, int top_k) {
+nb::dict default_sms(int sms, double memory_gbs, double link_gbs, int num_ranks, int top_k,
+                     double row_bytes) {
   const jax_ep::Speeds gpu{sms, memory_gbs, link_gbs};
   nb::dict of;
-  of["dispatch"] = jax_ep::default_sms(gpu, jax_ep::dispatch_demand(num_ranks, top_k));
-  of["combine"] = jax_ep::default_sms(gpu, jax_ep::combine_demand(num_ranks, top_k));
+  of["dispatch"] = jax_ep::default_sms(gpu, jax_ep::dispatch_demand(num_ranks, top_k, row_bytes));
+  of["combine"] = jax_ep::default_sms(gpu, jax_ep::combine_demand(num_ranks, top_k, row_bytes));
   return of;
 }
 
@@ -87,7 +88,8 @@ NB_MODULE(_ext, m) {
   m.def("default_sms", &default_sms,
         "SMs of dispatch and combine on a GPU of so many SMs and GB/s.");
   m.attr("default_sms_numbers") =
-      nb::make_tuple(jax_ep::kDispatchGbsPerSm, jax_ep::kCombineGbsPerSm, jax_ep::kSpareSms);
+      nb::make_tuple(jax_ep::kDispatchGbsPerSm, jax_ep::kCombineGbsPerSm, jax_ep::kCombineUsPerSum,
+                     jax_ep::kSpareSms, jax_ep::kLeftToOthers);
 #ifdef JAX_EP_CUDA
   m.def(
       "handlers",

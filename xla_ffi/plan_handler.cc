@@ -25,9 +25,10 @@ ffi::Error plan(cudaStream_t stream, const Attributes& a, ffi::RemainingArgs arg
   if (!checker.ok() || !enter(a, Operation::kPlan, checker, &p.call, &member))
     return checker.error();
   p.call.signature = signature_of(a, member, Operation::kPlan).value();
-  Launch how = launch_of(a, member, stream);
-  // Whatever is asked for: all its blocks must be resident at once, and more gain it little.
-  how.num_sms = std::min(how.num_sms, leaving_room(member.group->most_sms(member.rank)));
+  // Whatever is asked for leaves room: more SMs gain a plan little.
+  const int most = member.group->default_sms(member.rank);
+  Launch how = launch_of(a, member, stream, most);
+  how.num_sms = std::min(how.num_sms, most);
   if (const Nodes* nodes = member.group->nodes()) {
     Call call = p.call;
     call.operation = Operation::kRouting;

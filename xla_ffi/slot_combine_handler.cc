@@ -54,7 +54,7 @@ ffi::Error slot_combine(cudaStream_t stream, const Attributes& a, int64_t phase,
   Signature s = signature_of(a, member, Operation::kCombine);
   s.add(kSlots).add(H).add(static_cast<int>(type)).add(has_weights).add(wire).add(power_of_two);
   p.call.signature = s.value();
-  const Launch where = launch_of(a, member, stream);
+  const Launch where = launch_of(a, member, stream, member.group->most_sms(member.rank));
   if (const Nodes* nodes = member.group->nodes()) {
     return launched(nodes->library->launch_slot_combine(p, nodes->elements, element, where),
                     "jax_ep_slot_combine between nodes");

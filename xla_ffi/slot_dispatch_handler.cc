@@ -60,7 +60,7 @@ ffi::Error slot_dispatch(cudaStream_t stream, const Attributes& a, int64_t phase
   s.add(kSlots).add(H).add(static_cast<int>(type)).add(wire).add(power_of_two);
   s.add(has_scales).add(has_scalars);
   p.call.signature = s.value();
-  const Launch where = launch_of(a, member, stream);
+  const Launch where = launch_of(a, member, stream, member.group->most_sms(member.rank));
   if (const Nodes* nodes = member.group->nodes()) {
     return launched(nodes->library->launch_slot_dispatch(p, nodes->elements, element, how, where),
                     "jax_ep_slot_dispatch between nodes");

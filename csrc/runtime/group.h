@@ -52,10 +52,11 @@ class Group {
   bool spans_processes() const { return spans_processes_; }
   const Nodes* nodes() const { return nodes_ ? &*nodes_ : nullptr; }
 
-  // SMs that an operation of a rank here may take, and takes by default: ranks that share a GPU
-  // share them, as their kernels wait for each other.
+  // SMs that an operation of a rank here may take: ranks that share a GPU share them, as their
+  // kernels wait for each other. And takes by default, leaving room; all that leave it, if nothing
+  // is known `of` it.
   int most_sms(int rank) const;
-  int default_sms(int rank, const Demand& of) const;
+  int default_sms(int rank, const Demand& of = {}) const;
 
   // What rank r's kernels need to know of the group.
   const Peers& peers(int rank) const { return peers_[rank]; }

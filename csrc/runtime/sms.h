@@ -15,16 +15,18 @@ struct Speeds {
   double link_gbs = 0;  // to all peers together, one direction
 };
 
-// What an operation moves for each token of a rank under uniform routing, in rows, and what one SM
-// moves through memory by itself, in GB/s; without the latter nothing is known.
+// What an operation does for each token of a rank under uniform routing. Without `sm_us` nothing is
+// known.
 struct Demand {
-  double memory = 0;
-  double link = 0;
-  double gbs_per_sm = 0;
+  double memory_bytes = 0;
+  double link_bytes = 0;
+  double sm_us = 0;  // how long it takes one SM by itself
 };
 
-// Measured with 24 SMs, where SMs bind and not the memory: docs/performance.md, "SMs".
-constexpr double kDispatchGbsPerSm = 67, kCombineGbsPerSm = 57;
+// Measured with 24 SMs, where SMs bind and not the memory: docs/performance.md, "SMs". What one SM
+// moves through memory in GB/s, and what it takes it besides to form one sum of combine, a token's
+// on one rank, in us.
+constexpr double kDispatchGbsPerSm = 67, kCombineGbsPerSm = 200, kCombineUsPerSum = 0.85;
 
 // More SMs than exactly keep up: near that point neither SMs nor the memory are always busy.
 constexpr double kSpareSms = 1.25;
@@ -36,15 +38,18 @@ inline double copies_of_a_token(int num_ranks, int top_k) {
 
 // A token is read for the peers and for the own rank, arrivals are read, a row is written for each
 // pair.
-inline Demand dispatch_demand(int num_ranks, int top_k) {
+inline Demand dispatch_demand(int num_ranks, int top_k, double row_bytes) {
   const double copies = copies_of_a_token(num_ranks, top_k);
-  return {(num_ranks > 1 ? 2 : 1) + copies + top_k, copies, kDispatchGbsPerSm};
+  const double bytes = ((num_ranks > 1 ? 2 : 1) + copies + top_k) * row_bytes;
+  return {bytes, copies * row_bytes, bytes / (1e3 * kDispatchGbsPerSm)};
 }
 
 // A row is read for each pair, partials of other ranks are written and read, the sum is written.
-inline Demand combine_demand(int num_ranks, int top_k) {
+inline Demand combine_demand(int num_ranks, int top_k, double row_bytes) {
   const double copies = copies_of_a_token(num_ranks, top_k);
-  return {top_k + 2 * copies + 1, copies, kCombineGbsPerSm};
+  const double bytes = (top_k + 2 * copies + 1) * row_bytes;
+  return {bytes, copies * row_bytes,
+          (1 + copies) * kCombineUsPerSum + bytes / (1e3 * kCombineGbsPerSm)};
 }
 
 // Two kernels that both wait for other GPUs, on two streams: were they to want more than all SMs,
@@ -59,10 +64,10 @@ inline int leaving_room(int sms) { return sms - std::min(kLeftToOthers, sms / 4)
 // As many as leave room where something is not known.
 inline int default_sms(const Speeds& gpu, const Demand& of) {
   const int most = leaving_room(gpu.sms);
-  if (of.gbs_per_sm <= 0 || gpu.memory_gbs <= 0) return most;
-  double gbs = gpu.memory_gbs;  // through memory, when memory or link is at its limit
-  if (of.link > 0 && gpu.link_gbs > 0) gbs = std::min(gbs, gpu.link_gbs * of.memory / of.link);
-  return std::clamp(static_cast<int>(std::ceil(kSpareSms * gbs / of.gbs_per_sm)), 1, most);
+  if (of.sm_us <= 0 || of.memory_bytes <= 0 || gpu.memory_gbs <= 0) return most;
+  double us = of.memory_bytes / (1e3 * gpu.memory_gbs);  // where memory or link is at its limit
+  if (gpu.link_gbs > 0) us = std::max(us, of.link_bytes / (1e3 * gpu.link_gbs));
+  return std::clamp(static_cast<int>(std::ceil(kSpareSms * of.sm_us / us)), 1, most);
 }
 
 }  // namespace jax_ep

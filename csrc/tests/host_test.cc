@@ -166,29 +166,32 @@ void host_plan_is_a_bijection() {
 }
 
 // Two ranks, top-8: nearly every token has one copy, so 11 rows pass through memory for each token
-// of a dispatch, as of a combine, and one crosses the link.
+// of a dispatch, as of a combine, and one crosses the link. Rows of 14336 bytes.
 void default_sms_keep_up_with_memory_or_link() {
   const Speeds h100{132, 3352, 478}, slow_link{132, 3352, 20}, silent{132, 0, 0};
-  const Demand rows = dispatch_demand(2, 8), sums = combine_demand(2, 8);
-  EXPECT(std::abs(rows.memory - 11) < 0.05 && std::abs(rows.link - 1) < 0.05);
-  EXPECT(std::abs(sums.memory - 11) < 0.05 && std::abs(sums.link - 1) < 0.05);
-  EXPECT(default_sms(h100, rows) == 63);      // 1.25 * 3352 / 67 = 62.5: memory binds
-  EXPECT(default_sms(h100, sums) == 74);      // 1.25 * 3352 / 57 = 73.5
-  EXPECT(default_sms(slow_link, rows) == 5);  // 1.25 * 20 * 11 / 67 = 4.1
+  const double row = 14336;
+  const Demand rows = dispatch_demand(2, 8, row), sums = combine_demand(2, 8, row);
+  for (const Demand& of : {rows, sums}) {
+    EXPECT(std::abs(of.memory_bytes / row - 11) < 0.05 && std::abs(of.link_bytes / row - 1) < 0.05);
+  }
+  EXPECT(default_sms(h100, rows) == 63);  // 1.25 * 3352 / 67 = 62.5: memory binds
+  EXPECT(default_sms(h100, sums) == 67);  // 2.48 us of an SM, 0.0470 of the memory
+  EXPECT(default_sms(h100, combine_demand(2, 6, 4096)) == 100);  // 1.87 us, 0.0110
+  EXPECT(default_sms(slow_link, rows) == 5);                     // 1.25 * 20 * 11 / 67 = 4.1
   EXPECT(default_sms({16, 3352, 478}, rows) == 12);
   EXPECT(default_sms(silent, rows) == 100 && default_sms(h100, Demand{}) == 100);
   EXPECT(default_sms({132, 3352, 0}, rows) == 63);  // a link that does not say is no bound
 
   EXPECT(leaving_room(132) == 100 && leaving_room(33) == 25);
   EXPECT(leaving_room(3) == 3 && leaving_room(1) == 1);
-  const Demand alone = dispatch_demand(1, 8);  // nothing crosses a link
-  EXPECT(alone.link == 0 && alone.memory == 9 && default_sms(h100, alone) == 63);
-  EXPECT(default_sms(h100, dispatch_demand(8, 8)) == 29);  // 4.6 copies: the link binds
+  const Demand alone = dispatch_demand(1, 8, row);  // nothing crosses a link
+  EXPECT(alone.link_bytes == 0 && alone.memory_bytes == 9 * row && default_sms(h100, alone) == 63);
+  EXPECT(default_sms(h100, dispatch_demand(8, 8, row)) == 29);  // 4.6 copies: the link binds
   for (int R : {1, 2, 8, 64}) {
     for (int K : {1, 8, 32}) {
       EXPECT(copies_of_a_token(R, K) <= std::min(R - 1, K));
       for (const Speeds& gpu : {h100, slow_link, silent}) {
-        const int n = default_sms(gpu, combine_demand(R, K));
+        const int n = default_sms(gpu, combine_demand(R, K, row));
         EXPECT(n >= 1 && n <= leaving_room(gpu.sms));
       }
     }
