@@ -151,8 +151,10 @@ def device_bus_id(device: int) -> str:
 
 
 def default_sms_numbers() -> tuple[float, float, float, float, int] | None:
-    """GB/s through memory of an SM in dispatch and in combine, us that each sum takes it besides,
-    the factor for spare SMs, and SMs left to others.
+    """The numbers of the rule, or None without the extension.
+
+    GB/s through memory of an SM in dispatch and in combine, us that each sum takes it besides, the
+    factor for spare SMs, and SMs left to others.
     """
     return getattr(_ext, "default_sms_numbers", None)
 
