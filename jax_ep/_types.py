@@ -95,8 +95,9 @@ class Config:
     """How an operation uses the device; but for `gpus_per_node` it never changes a result.
 
     Args:
-        num_sms: thread blocks (one per SM) the CUDA kernels take; None for the default derived
-            from the link. The `xla` implementation ignores it.
+        num_sms: most thread blocks (one per SM) the CUDA kernels take; None for the default, which
+            follows from memory and links and leaves 32 SMs to collectives that run beside, but in
+            small batches (docs/sharp_bits.md). The `xla` implementation ignores it.
         overlap: whether XLA may run an operation beside independent compute, on the stream of its
             own collectives; docs/overlap.md. All operations of a group in a program want the same
             choice, as those of different streams could meet. The `xla` implementation ignores it.
