@@ -15,6 +15,7 @@
 // wait for local blocks, of any rank, before they have pushed; then they join them. They come first
 // in the grid, so they are resident first, and all of them must be, sooner or later.
 // A launch ends when every chunk of every source has been awaited: then nobody else writes here.
+#include "../device/kernel.cuh"
 #include "dispatch_local.cuh"
 
 namespace jax_ep {
@@ -39,7 +40,6 @@ __device__ Roles roles_of(const DispatchParams& p, int num_ranks) {
 
 template <Wire W, typename T>
 __device__ void dispatch_body(const DispatchParams& p) {
-  extern __shared__ float held_scales[];
   const Op op(p.call);
   const int tokens = p.exchange.num_tokens, chunk = chunk_tokens(tokens, kMaxChunks);
   const Body b{p, op, roles_of<W>(p, op.R), chunk, ceil_div(tokens, chunk)};
@@ -47,6 +47,7 @@ __device__ void dispatch_body(const DispatchParams& p) {
     if (blockIdx.x == 0) lend_outputs(op);
     if (int(blockIdx.x) < b.roles.wire) push_tokens<W, T>(b);
     if (int(blockIdx.x) >= int(gridDim.x) - b.roles.local) zero_unowned(b);
+    auto* held_scales = reinterpret_cast<float*>(dynamic_shared());
     work_locally<W, T>(b, held_scales + threadIdx.x / 32 * (p.hidden / kScaleBlock));
   }
   op.leave([&] { poison_dispatch(p); });
@@ -77,14 +78,13 @@ cudaError_t launch(const DispatchParams* params, int hidden, const Launch& how) 
     if (error != cudaSuccess) return cudaGetLastError();
   }
   if (how.all_ranks == 0) {
-    dispatch_kernel<W, T><<<how.num_sms, kThreads, shared, how.stream>>>(*params);
-  } else if constexpr (kAllRanks) {
-    dispatch_all_ranks<W, T>
-        <<<dim3(how.num_sms, how.all_ranks), kThreads, shared, how.stream>>>(params);
-  } else {
-    return cudaErrorNotSupported;
+    return launch_kernel(dispatch_kernel<W, T>, how.num_sms, kThreads, shared, how.stream, *params);
   }
-  return cudaGetLastError();
+  if constexpr (kAllRanks) {
+    return launch_kernel(dispatch_all_ranks<W, T>, dim3(how.num_sms, how.all_ranks), kThreads,
+                         shared, how.stream, params);
+  }
+  return cudaErrorNotSupported;
 }
 
 }  // namespace

@@ -8,6 +8,7 @@
 #include "../options.h"
 #include "../random_case.h"
 #include "combine_world.h"
+#include "large_faults.h"
 #include "series.h"
 
 namespace jax_ep {
@@ -86,10 +87,6 @@ void describe(const Combine& o, size_t i) {
       c.wire_percent, o.shared);
 }
 
-bool is_poison(const char* first, size_t bytes) {
-  return std::all_of(first, first + bytes, [](char byte) { return byte == char(0xff); });
-}
-
 void check(const Combine& o, int r) {
   const RankArrays& a = o.a[r];
   if (o.has_y) {
@@ -98,7 +95,7 @@ void check(const Combine& o, int r) {
   if (o.has_scalars) {
     check_scalars(o.c, o.plan, o.results, r, a.scalars_out);
   } else {
-    EXPECT(is_poison(reinterpret_cast<const char*>(a.scalars_out), o.scalar_bytes()));
+    EXPECT(is_poison(a.scalars_out, o.scalar_bytes()));
   }
 }
 
@@ -113,7 +110,7 @@ void combines_in_a_row(uint64_t seed, int ranks) {
     for (int r = 0; r < ranks; ++r) check(w.combines[i], r);
     if (failures != before) describe(w.combines[i], i);
   }
-  for (const FaultRecord& f : w.records) check_no_fault(f);
+  for (const FaultRecord& f : w.group.records) check_no_fault(f);
 }
 
 // One rank's blocks that only work locally begin when everybody else has ended: peers do not wait
@@ -123,7 +120,7 @@ void local_blocks_are_late(uint64_t seed, int ranks) {
   Combine& o = w.combines[0];
   o.c.num_sms = std::max(2, o.c.num_sms);
   o.c.wire_percent = std::max(20, o.c.wire_percent);
-  w.machine.crowd(seed % ranks, split_roles(o.c.num_sms, ranks, o.c.wire_percent).wire);
+  w.group.machine.crowd(seed % ranks, split_roles(o.c.num_sms, ranks, o.c.wire_percent).wire);
   for (int r = 0; r < ranks; ++r) w.issue(0, r);
   w.run();
   const int before = failures;
@@ -136,10 +133,7 @@ void run_case(uint64_t seed, int ranks) {
   if (ranks > 1) local_blocks_are_late(seed, ranks);
 }
 
-// What results are before an operation that fails, which is not what they are then.
-constexpr char kMark = 0x11;
-
-// One combine of some tokens, for which ranks wait a short time.
+// One combine of some tokens.
 CombineWorld failing_world(uint64_t seed, int ranks) {
   Series series(seed);
   Combine o;
@@ -147,68 +141,6 @@ CombineWorld failing_world(uint64_t seed, int ranks) {
     o = series.next_combine(ranks);
   } while (o.c.x.num_tokens == 0);
   return CombineWorld({o}, seed, kShort);
-}
-
-void mark(const Combine& o) {
-  for (const RankArrays& a : o.a) {
-    std::memset(a.out, kMark, o.out_bytes());
-    std::memset(a.scalars_out, kMark, o.scalar_bytes());
-  }
-}
-
-void expect_poison(const CombineWorld& w, int r) {
-  const Combine& o = w.combines[0];
-  if (o.has_y) EXPECT(is_poison(o.a[r].out, o.out_bytes()));
-  if (o.has_scalars) {
-    EXPECT(is_poison(reinterpret_cast<const char*>(o.a[r].scalars_out), o.scalar_bytes()));
-  }
-}
-
-void a_rank_is_absent(uint64_t seed, int ranks, int absent) {
-  CombineWorld w = failing_world(seed, ranks);
-  mark(w.combines[0]);
-  for (int r = 0; r < ranks; ++r) {
-    if (r != absent) w.issue(0, r);
-  }
-  w.run();
-  bool timed_out = false;
-  for (int r = 0; r < ranks; ++r) {
-    if (r == absent) continue;
-    const FaultRecord& f = w.records[r];
-    if (f.fault == uint32_t(Fault::kTimeout)) {
-      timed_out = true;  // of its peers' partials a rank may await those of who waits itself
-      EXPECT(f.awaited == absent || f.phase == uint32_t(Phase::kRows));
-    } else {
-      EXPECT(f.fault == uint32_t(Fault::kPeer));
-    }
-    expect_poison(w, r);
-  }
-  EXPECT(timed_out);
-}
-
-// Flags of the partials that rank `from` has sent to rank `to`.
-void flags_do_not_come(uint64_t seed, int ranks, int from, int to) {
-  CombineWorld w = failing_world(seed, ranks);
-  mark(w.combines[0]);
-  w.lose_flags(from, to);
-  for (int r = 0; r < ranks; ++r) w.issue(0, r);
-  w.run();
-  const FaultRecord& f = w.records[to];
-  EXPECT(f.fault == uint32_t(Fault::kTimeout) && f.awaited == from);
-  EXPECT(f.phase == uint32_t(Phase::kRows));
-  expect_poison(w, to);
-}
-
-int run_faults(int count, int seed, const std::vector<int>& groups) {
-  for (int i = 0; i < count; ++i) {
-    const int ranks = groups[i % groups.size()];
-    const int rank = i / int(groups.size()) % ranks;
-    const uint64_t s = seed * 1000003ull + i;
-    a_rank_is_absent(s, ranks, rank);
-    flags_do_not_come(s, ranks, rank, (rank + 1) % ranks);
-  }
-  std::printf("%d cases of faults, %d failures\n", count, failures);
-  return failures != 0;
 }
 
 }  // namespace
@@ -227,6 +159,6 @@ int main(int argc, char** argv) {
   std::vector<int> groups = {2, 3, 5, 1, 4};
   if (faults) groups = {2, 3};
   if (ranks > 0) groups = {ranks};
-  if (faults) return jax_ep::run_faults(cases, seed, groups);
+  if (faults) return jax_ep::run_faults(cases, seed, groups, jax_ep::failing_world);
   return jax_ep::run_series(cases, seed, groups, jax_ep::run_case);
 }

@@ -2,12 +2,10 @@
 // All ranks of a group, on the emulated machine with weak memory: combines of the large path, in a
 // row, whose partials travel through the same memory.
 #pragma once
-#include <memory>
-
 #include "../node_checks.h"
 #include "host_arrays.h"
 #include "kernel.h"
-#include "weak_memory.h"
+#include "weak_group.h"
 
 namespace jax_ep {
 
@@ -29,50 +27,58 @@ struct Combine {
   size_t scalar_bytes() const { return c.x.num_pairs() * sizeof(float); }
 };
 
+// What peers write in each rank's memory, behind the control block.
+struct CombinePlaces {
+  size_t partials, end;
+  std::vector<size_t> scalars;  // of each combine
+
+  explicit CombinePlaces(const std::vector<Combine>& all) {
+    size_t most = 0;
+    for (const Combine& o : all) most = std::max(most, o.partial_bytes());
+    partials = control_layout(all[0].c.x.num_ranks).total;
+    end = round_up(partials + most, 128);
+    for (const Combine& o : all) {
+      scalars.push_back(end);
+      end = round_up(end + o.scalar_bytes(), 128);
+    }
+    end += 128;
+  }
+};
+
 class CombineWorld {
  public:
   CombineWorld(std::vector<Combine> all, uint64_t seed, double timeout_ms)
       : combines(std::move(all)),
-        R_(combines[0].c.x.num_ranks),
-        at_(control_layout(R_)),
-        machine(seed),
-        memory(machine, R_, lay_out()),
-        records(R_) {
-    for (int r = 0; r < R_; ++r) {
-      char* mine = memory.seen_by(r, r);
-      Header& header = *reinterpret_cast<Header*>(mine + at_.header);
-      header.generation = 1;
-      header.timeout_ns = uint64_t(timeout_ms * 1e6);
-      header.record = &records[r];
-      auto* mapping = reinterpret_cast<char**>(mine + at_.mapping);
-      for (int s = 0; s < R_; ++s) mapping[s * kMaxAllocations] = memory.seen_by(r, s);
-      std::memset(mine + partials_, 0xff, end_ - partials_);
-      const size_t plain =
-          has_fp8() ? partials_ : scalars_[0];  // what is stored by no word of ours
-      memory.let_store(r, {{at_.ready + r * sizeof(Ready), sizeof(Ready)}, {plain, end_ - plain}});
+        places_(combines),
+        group(ranks(), ranks(), places_.end, seed, timeout_ms) {
+    for (int r = 0; r < ranks(); ++r) {
+      std::memset(group.mine(r) + places_.partials, 0xff, places_.end - places_.partials);
+      // What is stored by no word of ours.
+      const size_t plain = has_fp8() ? places_.partials : places_.scalars[0];
+      group.memory.let_store(r, {group.ready_of(r), {plain, places_.end - plain}});
     }
     for (size_t i = 0; i < combines.size(); ++i) {
       Combine& o = combines[i];
       o.plan = host_plan(o.c.x, o.c.topk_idx);
-      for (int r = 0; r < R_; ++r) {
+      for (int r = 0; r < ranks(); ++r) {
         o.a.push_back(host_arrays(o.c, r, memory_));
         copy_plan(o.plan, o.c.x, r, o.a[r].plan);
         std::copy(o.results.y[r].begin(), o.results.y[r].end(), o.a[r].y);
         std::copy(o.results.weights[r].begin(), o.results.weights[r].end(), o.a[r].weights);
-        o.a[r].scalars_out = reinterpret_cast<float*>(memory.seen_by(r, r) + scalars_[i]);
+        o.a[r].scalars_out = reinterpret_cast<float*>(group.mine(r) + places_.scalars[i]);
       }
     }
   }
 
   void issue(size_t i, int r) {
     const Combine& o = combines[i];
-    CombineParams p = combine_params(o.c, o.a[r], peers(r));
+    CombineParams p = combine_params(o.c, o.a[r], group.peers(r));
     p.call.signature += 16 * uint32_t(i + 1);
-    p.call.lent.output[0].offset = partials_;
-    p.call.lent.output[1].offset = scalars_[i];
+    p.call.lent.output[0].offset = places_.partials;
+    p.call.lent.output[1].offset = places_.scalars[i];
     p.call.lent.bytes[0] = o.partial_bytes();
     p.call.lent.bytes[1] = o.scalar_bytes();
-    p.partials = memory.seen_by(r, r) + partials_;
+    p.partials = group.mine(r) + places_.partials;
     p.wire_percent = o.c.wire_percent;
     if (!o.has_y) p.y = nullptr;
     p.row_scalars = o.has_scalars ? o.a[r].weights : nullptr;
@@ -81,15 +87,21 @@ class CombineWorld {
     launch_combine(&p, o.c.type, wire, {o.c.num_sms, reinterpret_cast<cudaStream_t>(size_t(r)), 0});
   }
   // Run what has been issued.
-  void run() {
-    machine.run([this] { memory.move(); }, kMostTurns);
-    memory.deliver_all();
-  }
+  void run() { group.run(kMostTurns); }
 
-  // What rank `from` says of its pushes never comes to rank `to`.
-  void lose_flags(int from, int to) {
-    constexpr size_t kFlags = kMaxChunks * sizeof(uint64_t);
-    memory.lose(to, {at_.done + from * kFlags, kFlags});
+  // Results of the first one, of all ranks, set to a value; whether a rank's are what it leaves
+  // that gives up.
+  void mark(char value) {
+    const Combine& o = combines[0];
+    for (const RankArrays& a : o.a) {
+      std::memset(a.out, value, o.out_bytes());
+      std::memset(a.scalars_out, value, o.scalar_bytes());
+    }
+  }
+  bool is_poisoned(int r) const {
+    const Combine& o = combines[0];
+    return (!o.has_y || is_poison(o.a[r].out, o.out_bytes())) &&
+           (!o.has_scalars || is_poison(o.a[r].scalars_out, o.scalar_bytes()));
   }
 
   std::vector<Combine> combines;
@@ -97,42 +109,17 @@ class CombineWorld {
  private:
   static constexpr uint64_t kMostTurns = 3'000'000;
 
-  // What peers write in each rank's memory, behind the control block; its end.
-  size_t lay_out() {
-    size_t partials = 0;
-    for (const Combine& o : combines) partials = std::max(partials, o.partial_bytes());
-    partials_ = at_.total;
-    end_ = round_up(partials_ + partials, 128);
-    for (const Combine& o : combines) {
-      scalars_.push_back(end_);
-      end_ = round_up(end_ + o.scalar_bytes(), 128);
-    }
-    end_ += 128;
-    return end_;
-  }
+  int ranks() const { return combines[0].c.x.num_ranks; }
   bool has_fp8() const {
     return std::any_of(combines.begin(), combines.end(),
                        [](const Combine& o) { return o.is_fp8(); });
   }
-  Peers peers(int r) {
-    Peers p{};
-    p.at = at_;
-    p.rank = r;
-    p.num_ranks = p.node_ranks = R_;
-    for (int s = 0; s < R_; ++s) p.control[s] = memory.seen_by(r, s);
-    return p;
-  }
 
-  const int R_;
-  const ControlLayout at_;
-  size_t partials_ = 0, end_ = 0;
-  std::vector<size_t> scalars_;
+  const CombinePlaces places_;
   std::deque<Bytes> memory_;
 
  public:
-  emulation::Machine machine;
-  emulation::WeakMemory memory;
-  std::vector<FaultRecord> records;
+  WeakGroup group;
 };
 
 }  // namespace jax_ep

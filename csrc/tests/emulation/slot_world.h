@@ -9,7 +9,7 @@
 #include "../slot_params.h"
 #include "host_arrays.h"
 #include "network.h"
-#include "weak_memory.h"
+#include "weak_group.h"
 
 namespace jax_ep {
 
@@ -50,21 +50,15 @@ class SlotWorld {
         R_(layout.ranks),
         at_(control_layout(R_)),
         slots_(slots),
-        machine(seed),
-        memory(machine, R_, bytes()),
-        network(machine, homes(), bytes()),
-        records(R_) {
+        group(R_, layout.local, bytes(), seed, timeout_ms),
+        network(group.machine, homes(), bytes()) {
     const SlotLayout lie = slot_layout(slots);
     for (int r = 0; r < R_; ++r) {
-      Header& header = *reinterpret_cast<Header*>(memory.seen_by(r, r) + at_.header);
-      header.generation = 1;
-      header.timeout_ns = uint64_t(timeout_ms * 1e6);
-      header.record = &records[r];
       std::vector<emulation::WeakMemory::Region> sent;
       for (int i = 0; i < inboxes() / R_; ++i) sent.push_back({inbox(i, r), lie.total});
-      memory.let_store(r, sent);
+      group.memory.let_store(r, sent);
       for (int i = 0; i < inboxes(); ++i) {
-        char* inbox = memory.seen_by(r, r) + at_.total + i * lie.total;
+        char* inbox = group.mine(r) + at_.total + i * lie.total;
         std::memset(inbox + lie.rows, 0xff, lie.total - lie.rows);
       }
     }
@@ -107,11 +101,11 @@ class SlotWorld {
   // Run what has been issued.
   void run() {
     auto move = [this] {
-      memory.move();
+      group.memory.move();
       network.move();
     };
-    machine.run(move, kMostTurns);
-    memory.deliver_all();
+    group.machine.run(move, kMostTurns);
+    group.memory.deliver_all();
     network.deliver_all();
   }
 
@@ -140,20 +134,12 @@ class SlotWorld {
   }
   std::vector<char*> homes() const {
     std::vector<char*> homes;
-    for (int r = 0; r < R_; ++r) homes.push_back(memory.seen_by(r, r));
+    for (int r = 0; r < R_; ++r) homes.push_back(group.mine(r));
     return homes;
   }
   Call call(int r, const Step& step) const {
-    Peers p{};
-    p.at = at_;
+    Peers p = group.peers(r);
     p.slots = slot_layout(slots_);
-    p.rank = r;
-    p.num_ranks = R_;
-    p.node_ranks = layout_.local;
-    p.node_first = r / layout_.local * layout_.local;
-    for (int s = p.node_first; s < p.node_first + p.node_ranks; ++s) {
-      p.control[s] = memory.seen_by(r, s);
-    }
     Call call = slot_call(p, step.kind, step.half);
     call.signature += 16 * uint32_t(step.exchange + 1) + (r == mistaken ? 8 : 0);
     return call;
@@ -167,10 +153,8 @@ class SlotWorld {
   std::deque<SlotExchange> exchanges_;
 
  public:
-  emulation::Machine machine;
-  emulation::WeakMemory memory;
+  WeakGroup group;
   emulation::Network network;
-  std::vector<FaultRecord> records;
   int mistaken = -1;  // the rank that takes each operation for another one
 };
 

@@ -172,7 +172,7 @@ void exchange(uint64_t seed, const Layout& layout) {
     if (failures != before) describe(e.c, i);
   }
   check_puts(w, steps, R);
-  for (const FaultRecord& f : w.records) check_no_fault(f);
+  for (const FaultRecord& f : w.group.records) check_no_fault(f);
 }
 
 // One rank's blocks that have nothing to send in a dispatch begin when everybody else has ended: no
@@ -187,7 +187,7 @@ void receiving_blocks_are_late(uint64_t seed, const Layout& layout) {
   c.num_sms = R * c.x.num_tokens;
   SlotWorld w(layout, kSlots, seed, kForever);
   w.add(c, series.pick_results(c));
-  w.machine.crowd(seed % R, std::max(c.x.num_tokens, R - layout.local));
+  w.group.machine.crowd(seed % R, std::max(c.x.num_tokens, R - layout.local));
   for (int r = 0; r < R; ++r) w.issue(r, {0, SlotKind::kDispatch, Half::kBoth});
   w.run();
   const int before = failures;
@@ -232,9 +232,9 @@ class Failure {
     issue(SlotKind::kDispatch, [&](int r) { return last == SlotKind::kCombine || comes(r); });
     if (last == SlotKind::kCombine) {
       w_.run();
-      for (const FaultRecord& f : w_.records) check_no_fault(f);
+      for (const FaultRecord& f : w_.group.records) check_no_fault(f);
       for (int r = 0; r < R_; ++r) w_.mark(0, r, kMark);
-      began_ = w_.machine.time;
+      began_ = w_.group.machine.time;
       before();
       issue(SlotKind::kCombine, comes);
     }
@@ -242,14 +242,14 @@ class Failure {
   }
   // Rank `r` has given up on `awaited` in time, or has heard of it; its results are NaN.
   void expect_given_up(int r, int awaited, SlotKind kind) {
-    const FaultRecord& f = w_.records[r];
+    const FaultRecord& f = w_.group.records[r];
     if (f.fault == uint32_t(Fault::kTimeout)) EXPECT(f.awaited == awaited);
     EXPECT(f.fault == uint32_t(Fault::kTimeout) || f.fault == uint32_t(Fault::kPeer));
     expect_poison(r, kind);
   }
   void expect_poison(int r, SlotKind kind) {
-    EXPECT(w_.records[r].rank == r && w_.records[r].fault != 0);
-    EXPECT(w_.machine.time - began_ < 3 * kShort * 1e6);
+    EXPECT(w_.group.records[r].rank == r && w_.group.records[r].fault != 0);
+    EXPECT(w_.group.machine.time - began_ < 3 * kShort * 1e6);
     const SlotExchange& e = w_[0];
     const bool rows = kind == SlotKind::kDispatch;
     const char* first = rows ? e.a[r].rows : e.a[r].out;
@@ -257,7 +257,7 @@ class Failure {
                               : size_t(e.c.x.num_tokens) * e.c.hidden * size_of(e.c.type);
     EXPECT(std::all_of(first, first + bytes, [](char byte) { return byte == char(0xff); }));
   }
-  bool is(int r, Fault fault) const { return w_.records[r].fault == uint32_t(fault); }
+  bool is(int r, Fault fault) const { return w_.group.records[r].fault == uint32_t(fault); }
   bool timed_out(int r) const { return is(r, Fault::kTimeout); }
   SlotWorld& world() { return w_; }
 
@@ -305,7 +305,7 @@ void flags_do_not_come(uint64_t seed, const Layout& layout, int from, int to) {
     for (int set = 0; set < sets; ++set) {
       const size_t flags = w.inbox(int(kind) * sets + set, from) + lie.flags;
       if (w.share_node(from, to)) {
-        w.memory.lose(to, {flags, lie.words - lie.flags});
+        w.group.memory.lose(to, {flags, lie.words - lie.flags});
       } else {
         w.network.lose(to, flags, lie.words - lie.flags);
       }
@@ -313,7 +313,7 @@ void flags_do_not_come(uint64_t seed, const Layout& layout, int from, int to) {
     f.run(kind, [](int) { return true; });
     f.expect_given_up(to, from, kind);
     EXPECT(f.timed_out(to));
-    EXPECT(w.records[to].phase == uint32_t(Phase::kRows));
+    EXPECT(w.group.records[to].phase == uint32_t(Phase::kRows));
   }
 }
 

@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+// dispatch's large path on the emulated machine, whose memory shows stores to peers late and in any
+// order, against the host, bit for bit; and what becomes of it when a rank stays away.
+//
+//   dispatch_test [--cases N] [--seed S] [--ranks R] [--faults]
+#include "../options.h"
+#include "../random_case.h"
+#include "dispatch_world.h"
+#include "large_faults.h"
+#include "series.h"
+
+namespace jax_ep {
+namespace {
+
+// Bounds of waits, in ms of the machine.
+constexpr double kForever = 1e9, kShort = 100;
+constexpr int kDispatches = 2;  // of a case, in a row
+
+class Series {
+ public:
+  explicit Series(uint64_t seed) : rng_(seed), cases_(rng_, {true, false, 5}) {}
+
+  std::vector<Dispatch> next(int ranks) {
+    std::vector<Dispatch> all;
+    for (int i = 0; i < kDispatches; ++i) all.push_back(next_dispatch(ranks));
+    return all;
+  }
+  // Few tokens, of whose rows several warps push segments, or so many that several are a chunk.
+  Dispatch next_dispatch(int ranks) {
+    Dispatch o;
+    Case& c = o.c;
+    c = cases_.next(ranks);
+    const bool many = chance(0.05), long_rows = !many && chance(0.3);
+    if (many) {
+      c.x.num_tokens = kMaxChunks + pick(1, 100);
+      c.x.top_k = pick(1, 2);
+      c.x.num_rows = ranks * c.x.num_pairs() / c.x.alignment * c.x.alignment;
+      c.x.batched = 0;
+      c.hidden = c.wire == Wire::kCopy && !c.prequantized ? 8 : kScaleBlock;
+    }
+    if (long_rows) {
+      c.x.num_tokens = pick(1, 4);
+      c.hidden *= pick(2, 12);
+    }
+    constexpr int kPercent[] = {0, 20, 80};
+    c.wire_percent = kPercent[pick(0, 2)];
+    cases_.refill(c);
+    return o;
+  }
+
+ private:
+  int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng_); }
+  bool chance(double p) { return std::uniform_real_distribution<double>()(rng_) < p; }
+
+  std::mt19937 rng_;
+  RandomCases cases_;
+};
+
+void check(const Dispatch& o, size_t i) {
+  const int before = failures;
+  const Exchange& x = o.c.x;
+  for (int r = 0; r < x.num_ranks; ++r) {
+    check_dispatch(o.c, o.plan, r, o.a[r].rows, o.a[r].row_scales, o.a[r].row_scalars);
+  }
+  if (failures == before) return;
+  std::printf(
+      "  dispatch %zu: R=%d E=%d T=%d K=%d rows=%d A=%d batched=%d H=%d type=%d wire=%d pre=%d "
+      "weights=%d blocks=%d wire_percent=%d\n",
+      i, x.num_ranks, x.num_experts, x.num_tokens, x.top_k, x.num_rows, x.alignment, x.batched,
+      o.c.hidden, int(o.c.type), int(o.c.wire), o.c.prequantized, o.c.weights, o.c.num_sms,
+      o.c.wire_percent);
+}
+
+void dispatches_in_a_row(uint64_t seed, int ranks) {
+  DispatchWorld w(Series(seed).next(ranks), seed, kForever);
+  for (int r = 0; r < ranks; ++r) {
+    for (size_t i = 0; i < w.dispatches.size(); ++i) w.issue(i, r);
+  }
+  w.run();
+  for (size_t i = 0; i < w.dispatches.size(); ++i) check(w.dispatches[i], i);
+  for (const FaultRecord& f : w.group.records) check_no_fault(f);
+}
+
+// One rank's blocks that only work locally begin when everybody else has ended: peers do not wait
+// for them.
+void local_blocks_are_late(uint64_t seed, int ranks) {
+  DispatchWorld w({Series(seed).next_dispatch(ranks)}, seed, kForever);
+  Case& c = w.dispatches[0].c;
+  c.num_sms = std::max(2, c.num_sms);
+  c.wire_percent = std::max(20, c.wire_percent);
+  w.group.machine.crowd(seed % ranks, split_roles(c.num_sms, ranks, c.wire_percent).wire);
+  for (int r = 0; r < ranks; ++r) w.issue(0, r);
+  w.run();
+  check(w.dispatches[0], 0);
+}
+
+void run_case(uint64_t seed, int ranks) {
+  dispatches_in_a_row(seed, ranks);
+  if (ranks > 1) local_blocks_are_late(seed, ranks);
+}
+
+DispatchWorld failing_world(uint64_t seed, int ranks) {
+  return DispatchWorld({Series(seed).next_dispatch(ranks)}, seed, kShort);
+}
+
+}  // namespace
+}  // namespace jax_ep
+
+int main(int argc, char** argv) {
+  setvbuf(stdout, nullptr, _IOLBF, 0);
+  int cases = 8, seed = 1, ranks = 0;
+  bool faults = false;
+  const bool known = jax_ep::take_options(argc, argv,
+                                          {{"--cases", &cases},
+                                           {"--seed", &seed},
+                                           {"--ranks", &ranks},
+                                           {"--faults", nullptr, &faults}});
+  if (!known) return 2;
+  std::vector<int> groups = {2, 3, 5, 1, 4};
+  if (faults) groups = {2, 3};
+  if (ranks > 0) groups = {ranks};
+  if (faults) return jax_ep::run_faults(cases, seed, groups, jax_ep::failing_world);
+  return jax_ep::run_series(cases, seed, groups, jax_ep::run_case);
+}
