@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kernels on an emulated machine: those between nodes over a network, those of small batches over
-memory and a network, and combine of large ones over memory, that do the worst they may."""
+memory and a network, and those of large ones over memory, that do the worst they may."""
 
 import pathlib
 import shutil
@@ -40,6 +40,12 @@ def combine_test(tmp_path_factory):
     return build(tmp_path_factory.mktemp("emulation") / "combine_test", 224, ["combine"])
 
 
+@pytest.fixture(scope="module")
+def dispatch_test(tmp_path_factory):
+    program = tmp_path_factory.mktemp("emulation") / "dispatch_test"
+    return build(program, 64, ["dispatch", "plan"])
+
+
 def check(program, options):
     result = subprocess.run([program, *options], capture_output=True, text=True, timeout=150)
     assert result.returncode == 0, result.stdout
@@ -66,7 +72,8 @@ def test_small_batches(slots_test, options):
     check(slots_test, options)
 
 
-@pytest.mark.extensive  # compiles for as long as it runs
+@pytest.mark.extensive  # compile for as long as they run
 @pytest.mark.parametrize("options", [["--cases", "20"], ["--faults"]], ids=["exchange", "faults"])
-def test_combine(combine_test, options):
-    check(combine_test, options)
+@pytest.mark.parametrize("operation", ["combine", "dispatch"])
+def test_large_batches(operation, options, request):
+    check(request.getfixturevalue(f"{operation}_test"), options)

@@ -17,6 +17,7 @@
 // which the meeting orders; the next plan's follow on the stream.
 #include <algorithm>
 
+#include "../device/kernel.cuh"
 #include "plan_exchange.cuh"
 #include "plan_outputs.cuh"
 #include "plan_segments.cuh"
@@ -249,7 +250,11 @@ __device__ void plan_phases(const PlanParams& p, const PlanSizes& sizes, const O
 }
 
 __device__ void plan_body(const PlanParams& p, const PlanSizes& sizes) {
-  extern __shared__ __align__(16) char shared[];
+#ifdef JAX_EP_EMULATION
+  char* shared = dynamic_shared();
+#else  // the same, but registers are allotted in another way
+  extern __shared__ __align__(128) char shared[];
+#endif
   const int word = (blockIdx.x + gridDim.x * (threadIdx.x / 32)) * 32 + lane_id();
   const Choices choices = choices_of(p.topk_idx, sizes.pairs, word);
   // They are on their way with the header.
@@ -279,16 +284,16 @@ cudaError_t launch_plan(const PlanParams* params, const Exchange& e, const Launc
   const size_t shared = Shared::bytes(sizes);
   const void* kernel = how.all_ranks ? reinterpret_cast<const void*>(&plan_all_ranks)
                                      : reinterpret_cast<const void*>(&plan_kernel);
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  if (error != cudaSuccess) return cudaGetLastError();
-  if (how.all_ranks) {
-    plan_all_ranks<<<dim3(how.num_sms, how.all_ranks), kThreads, shared, how.stream>>>(params,
-                                                                                       sizes);
-  } else {
-    plan_kernel<<<how.num_sms, kThreads, shared, how.stream>>>(*params, sizes);
+  if (shared > 48 * 1024) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+    if (error != cudaSuccess) return cudaGetLastError();
   }
-  return cudaGetLastError();
+  if (how.all_ranks) {
+    return launch_kernel(plan_all_ranks, dim3(how.num_sms, how.all_ranks), kThreads, shared,
+                         how.stream, params, sizes);
+  }
+  return launch_kernel(plan_kernel, how.num_sms, kThreads, shared, how.stream, *params, sizes);
 }
 
 cudaError_t load_plan() {

@@ -19,6 +19,23 @@ void expect_same(const char* name, int rank, const T* got, const std::vector<T>&
   }
 }
 
+inline void check_plan(const Exchange& x, const HostPlan& plan, int r, const PlanArrays& got) {
+  const size_t R = x.num_ranks, pairs = x.num_pairs(), rows = x.num_rows, T = x.num_tokens,
+               local = x.local_experts();
+  auto expect = [r](const char* name, const int32_t* got, const std::vector<int>& all, size_t n) {
+    expect_same(name, r, got, std::vector<int>(&all[r * n], &all[r * n] + n));
+  };
+  expect("pair_rank", got.pair_rank, plan.pair_rank, pairs);
+  expect("pair_row", got.pair_row, plan.pair_row, pairs);
+  expect("row_pair", got.row_pair, plan.row_pair, rows);
+  expect("expert_ids", got.expert_ids, plan.expert_ids, rows);
+  expect("token_rows", got.token_rows, plan.token_rows, R * pairs);
+  expect("token_slot", got.token_slot, plan.token_slot, R * T);
+  expect("counts", got.counts, plan.counts, local);
+  expect("group_sizes", got.group_sizes, plan.group_sizes, local);
+  expect("num_dropped", got.num_dropped, plan.num_dropped, 1);
+}
+
 inline void check_dispatch(const Case& c, const HostPlan& plan, int r, const char* rows,
                            const float* scales, const float* weights) {
   const HostRows want = host_dispatch(c, plan, r);

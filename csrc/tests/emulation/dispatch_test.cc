@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// dispatch's large path on the emulated machine, whose memory shows stores to peers late and in any
-// order, against the host, bit for bit; and what becomes of it when a rank stays away.
+// plan and dispatch of the large path on the emulated machine, whose memory shows stores to peers
+// late and in any order, against the host, bit for bit; and what becomes of them when a rank stays
+// away, or sends to an expert that there is not.
 //
 //   dispatch_test [--cases N] [--seed S] [--ranks R] [--faults]
 #include "../options.h"
@@ -30,13 +31,17 @@ class Series {
     Dispatch o;
     Case& c = o.c;
     c = cases_.next(ranks);
-    const bool many = chance(0.05), long_rows = !many && chance(0.3);
+    const bool many = ranks <= 3 && chance(0.05), wide = chance(0.1),
+               long_rows = !many && chance(0.3);
+    if (wide) c.x.num_experts = ranks * pick(5, 80);
     if (many) {
       c.x.num_tokens = kMaxChunks + pick(1, 100);
       c.x.top_k = pick(1, 2);
+      c.hidden = c.wire == Wire::kCopy && !c.prequantized ? 8 : kScaleBlock;
+    }
+    if (wide || many) {
       c.x.num_rows = ranks * c.x.num_pairs() / c.x.alignment * c.x.alignment;
       c.x.batched = 0;
-      c.hidden = c.wire == Wire::kCopy && !c.prequantized ? 8 : kScaleBlock;
     }
     if (long_rows) {
       c.x.num_tokens = pick(1, 4);
@@ -45,6 +50,7 @@ class Series {
     constexpr int kPercent[] = {0, 20, 80};
     c.wire_percent = kPercent[pick(0, 2)];
     cases_.refill(c);
+    o.is_planned = chance(0.5);
     return o;
   }
 
@@ -60,15 +66,16 @@ void check(const Dispatch& o, size_t i) {
   const int before = failures;
   const Exchange& x = o.c.x;
   for (int r = 0; r < x.num_ranks; ++r) {
+    if (o.is_planned) check_plan(x, o.plan, r, o.a[r].plan);
     check_dispatch(o.c, o.plan, r, o.a[r].rows, o.a[r].row_scales, o.a[r].row_scalars);
   }
   if (failures == before) return;
   std::printf(
       "  dispatch %zu: R=%d E=%d T=%d K=%d rows=%d A=%d batched=%d H=%d type=%d wire=%d pre=%d "
-      "weights=%d blocks=%d wire_percent=%d\n",
+      "weights=%d blocks=%d wire_percent=%d planned=%d\n",
       i, x.num_ranks, x.num_experts, x.num_tokens, x.top_k, x.num_rows, x.alignment, x.batched,
       o.c.hidden, int(o.c.type), int(o.c.wire), o.c.prequantized, o.c.weights, o.c.num_sms,
-      o.c.wire_percent);
+      o.c.wire_percent, o.is_planned);
 }
 
 void dispatches_in_a_row(uint64_t seed, int ranks) {
@@ -84,7 +91,9 @@ void dispatches_in_a_row(uint64_t seed, int ranks) {
 // One rank's blocks that only work locally begin when everybody else has ended: peers do not wait
 // for them.
 void local_blocks_are_late(uint64_t seed, int ranks) {
-  DispatchWorld w({Series(seed).next_dispatch(ranks)}, seed, kForever);
+  Dispatch o = Series(seed).next_dispatch(ranks);
+  o.is_planned = false;  // whose blocks have to meet
+  DispatchWorld w({o}, seed, kForever);
   Case& c = w.dispatches[0].c;
   c.num_sms = std::max(2, c.num_sms);
   c.wire_percent = std::max(20, c.wire_percent);
@@ -103,6 +112,29 @@ DispatchWorld failing_world(uint64_t seed, int ranks) {
   return DispatchWorld({Series(seed).next_dispatch(ranks)}, seed, kShort);
 }
 
+// One rank's error, which the others, who cannot go on without its words, hear of.
+void a_choice_is_out_of_range(uint64_t seed, int ranks, int rank) {
+  Dispatch o = Series(seed).next_dispatch(ranks);
+  o.is_planned = true;
+  DispatchWorld w({o}, seed, kShort);
+  w.mark(kMark);
+  w.dispatches[0].a[rank].topk_idx[o.c.x.num_pairs() / 2] = o.c.x.num_experts;
+  for (int r = 0; r < ranks; ++r) w.issue(0, r);
+  w.run();
+  for (int r = 0; r < ranks; ++r) {
+    EXPECT(w.group.records[r].fault == uint32_t(r == rank ? Fault::kRouting : Fault::kPeer));
+    EXPECT(w.is_poisoned(r));
+  }
+}
+
+int run_all_faults(int count, int seed, const std::vector<int>& groups) {
+  for (int i = 0; i < count; ++i) {
+    const int ranks = groups[i % groups.size()];
+    a_choice_is_out_of_range(seed * 1000003ull + i, ranks, i / int(groups.size()) % ranks);
+  }
+  return run_faults(count, seed, groups, failing_world);
+}
+
 }  // namespace
 }  // namespace jax_ep
 
@@ -119,6 +151,6 @@ int main(int argc, char** argv) {
   std::vector<int> groups = {2, 3, 5, 1, 4};
   if (faults) groups = {2, 3};
   if (ranks > 0) groups = {ranks};
-  if (faults) return jax_ep::run_faults(cases, seed, groups, jax_ep::failing_world);
+  if (faults) return jax_ep::run_all_faults(cases, seed, groups);
   return jax_ep::run_series(cases, seed, groups, jax_ep::run_case);
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// All ranks of a group, on the emulated machine with weak memory: dispatches of the large path, in
-// a row, whose rows travel through the same memory.
+// All ranks of a group, on the emulated machine with weak memory: plans and dispatches of the large
+// path, in a row, whose words and rows travel through the same memory.
 #pragma once
 #include <array>
 
@@ -11,9 +11,10 @@
 
 namespace jax_ep {
 
-// A dispatch of all ranks, by the host's plan.
+// A dispatch of all ranks, by a plan of their own or the host's.
 struct Dispatch {
   Case c;
+  bool is_planned = false;
   HostPlan plan = {};
   std::vector<RankArrays> a = {};
 
@@ -66,7 +67,7 @@ class DispatchWorld {
       o.plan = host_plan(o.c.x, o.c.topk_idx);
       for (int r = 0; r < ranks(); ++r) {
         o.a.push_back(host_arrays(o.c, r, memory_));
-        copy_plan(o.plan, o.c.x, r, o.a[r].plan);
+        if (!o.is_planned) copy_plan(o.plan, o.c.x, r, o.a[r].plan);
         const auto& at = places_.outputs[i];
         o.a[r].rows = group.mine(r) + at[0];
         o.a[r].row_scales = reinterpret_cast<float*>(group.mine(r) + at[1]);
@@ -77,13 +78,18 @@ class DispatchWorld {
 
   void issue(size_t i, int r) {
     const Dispatch& o = dispatches[i];
+    const Launch how{o.c.num_sms, reinterpret_cast<cudaStream_t>(size_t(r)), 0};
+    if (o.is_planned) {
+      PlanParams p = plan_params(o.c, o.a[r], group.peers(r));
+      p.call.signature += 16 * uint32_t(i + 1);
+      launch_plan(&p, o.c.x, how);
+    }
     DispatchParams p = dispatch_params(o.c, o.a[r], group.peers(r));
     p.call.signature += 16 * uint32_t(i + 1);
     for (int k = 0; k < kMaxOutputs; ++k) p.call.lent.output[k].offset = places_.outputs[i][k];
     p.wire_percent = o.c.wire_percent;
     const Element x = o.c.prequantized ? Element::kFp8 : o.c.type;
-    launch_dispatch(&p, x, o.c.wire, o.c.hidden,
-                    {o.c.num_sms, reinterpret_cast<cudaStream_t>(size_t(r)), 0});
+    launch_dispatch(&p, x, o.c.wire, o.c.hidden, how);
   }
   // Run what has been issued.
   void run() { group.run(kMostTurns); }

@@ -91,25 +91,6 @@ class Series {
   const uint64_t seed_;
 };
 
-void check_plan(const SlotExchange& e, int r) {
-  const Exchange& x = e.c.x;
-  const size_t R = x.num_ranks, pairs = x.num_pairs(), rows = x.num_rows, T = x.num_tokens,
-               local = x.local_experts();
-  const PlanArrays& got = e.a[r].plan;
-  auto expect = [&](const char* name, const int32_t* got, const std::vector<int>& all, size_t n) {
-    expect_same(name, r, got, std::vector<int>(&all[r * n], &all[r * n] + n));
-  };
-  expect("pair_rank", got.pair_rank, e.plan.pair_rank, pairs);
-  expect("pair_row", got.pair_row, e.plan.pair_row, pairs);
-  expect("row_pair", got.row_pair, e.plan.row_pair, rows);
-  expect("expert_ids", got.expert_ids, e.plan.expert_ids, rows);
-  expect("token_rows", got.token_rows, e.plan.token_rows, R * pairs);
-  expect("token_slot", got.token_slot, e.plan.token_slot, R * T);
-  expect("counts", got.counts, e.plan.counts, local);
-  expect("group_sizes", got.group_sizes, e.plan.group_sizes, local);
-  expect("num_dropped", got.num_dropped, e.plan.num_dropped, 1);
-}
-
 // One put for each token and rank of another node that it goes to, each way, and one of routing for
 // each rank.
 void check_puts(SlotWorld& w, const std::vector<Step>& steps, int R) {
@@ -162,7 +143,7 @@ void exchange(uint64_t seed, const Layout& layout) {
     const SlotExchange& e = w[i];
     for (int r = 0; r < R; ++r) {
       const RankArrays& a = e.a[r];
-      check_plan(e, r);
+      check_plan(e.c.x, e.plan, r, e.a[r].plan);
       check_dispatch(e.c, e.plan, r, a.rows, a.row_scales, a.row_scalars);
       if (e.is_combined) {
         expect_same("combined", r, a.out,
@@ -193,7 +174,7 @@ void receiving_blocks_are_late(uint64_t seed, const Layout& layout) {
   const int before = failures;
   const SlotExchange& e = w[0];
   for (int r = 0; r < R; ++r) {
-    check_plan(e, r);
+    check_plan(e.c.x, e.plan, r, e.a[r].plan);
     check_dispatch(e.c, e.plan, r, e.a[r].rows, e.a[r].row_scales, e.a[r].row_scalars);
   }
   if (failures != before) describe(e.c, 0);
