@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // plan and dispatch of the large path on the emulated machine, whose memory shows stores to peers
 // late and in any order, against the host, bit for bit; and what becomes of them when a rank stays
-// away, or sends to an expert that there is not.
+// away, sends to an expert that there is not, or takes an operation for another one.
 //
 //   dispatch_test [--cases N] [--seed S] [--ranks R] [--faults]
 #include "../options.h"
@@ -15,15 +15,15 @@ namespace {
 
 // Bounds of waits, in ms of the machine.
 constexpr double kForever = 1e9, kShort = 100;
-constexpr int kDispatches = 2;  // of a case, in a row
+constexpr int kDispatches = 2, kPlans = 5;  // of a case, in a row
 
 class Series {
  public:
   explicit Series(uint64_t seed) : rng_(seed), cases_(rng_, {true, false, 5}) {}
 
-  std::vector<Dispatch> next(int ranks) {
+  std::vector<Dispatch> next(int ranks, int count) {
     std::vector<Dispatch> all;
-    for (int i = 0; i < kDispatches; ++i) all.push_back(next_dispatch(ranks));
+    for (int i = 0; i < count; ++i) all.push_back(next_dispatch(ranks));
     return all;
   }
   // Few tokens, of whose rows several warps push segments, or so many that several are a chunk.
@@ -79,12 +79,27 @@ void check(const Dispatch& o, size_t i) {
 }
 
 void dispatches_in_a_row(uint64_t seed, int ranks) {
-  DispatchWorld w(Series(seed).next(ranks), seed, kForever);
+  DispatchWorld w(Series(seed).next(ranks, kDispatches), seed, kForever);
   for (int r = 0; r < ranks; ++r) {
     for (size_t i = 0; i < w.dispatches.size(); ++i) w.issue(i, r);
   }
   w.run();
   for (size_t i = 0; i < w.dispatches.size(); ++i) check(w.dispatches[i], i);
+  for (const FaultRecord& f : w.group.records) check_no_fault(f);
+}
+
+// Nothing but the plans' own protocol keeps a rank from running ahead.
+void plans_in_a_row(uint64_t seed, int ranks) {
+  std::vector<Dispatch> all = Series(seed).next(ranks, kPlans);
+  for (Dispatch& o : all) o.is_planned = true;
+  DispatchWorld w(all, seed, kForever);
+  for (int r = 0; r < ranks; ++r) {
+    for (size_t i = 0; i < w.dispatches.size(); ++i) w.issue_plan(i, r);
+  }
+  w.run();
+  for (const Dispatch& o : w.dispatches) {
+    for (int r = 0; r < ranks; ++r) check_plan(o.c.x, o.plan, r, o.a[r].plan);
+  }
   for (const FaultRecord& f : w.group.records) check_no_fault(f);
 }
 
@@ -105,6 +120,7 @@ void local_blocks_are_late(uint64_t seed, int ranks) {
 
 void run_case(uint64_t seed, int ranks) {
   dispatches_in_a_row(seed, ranks);
+  plans_in_a_row(seed, ranks);
   if (ranks > 1) local_blocks_are_late(seed, ranks);
 }
 
@@ -123,14 +139,36 @@ void a_choice_is_out_of_range(uint64_t seed, int ranks, int rank) {
   w.run();
   for (int r = 0; r < ranks; ++r) {
     EXPECT(w.group.records[r].fault == uint32_t(r == rank ? Fault::kRouting : Fault::kPeer));
-    EXPECT(w.is_poisoned(r));
+    EXPECT(w.is_plan_poisoned(r) && w.is_poisoned(r));
   }
+}
+
+// A rank that takes an operation for another one, a plan or a dispatch, is found by who hears of it
+// first.
+void a_rank_is_mistaken(uint64_t seed, int ranks, int rank, bool is_plan) {
+  Dispatch o = Series(seed).next_dispatch(ranks);
+  o.is_planned = is_plan;
+  DispatchWorld w({o}, seed, kShort);
+  w.mistaken = rank;
+  w.mark(kMark);
+  for (int r = 0; r < ranks; ++r) is_plan ? w.issue_plan(0, r) : w.issue_dispatch(0, r);
+  w.run();
+  bool found = false;
+  for (int r = 0; r < ranks; ++r) {
+    found |= w.group.records[r].fault == uint32_t(Fault::kMismatch);
+    EXPECT(w.group.records[r].fault != uint32_t(Fault::kTimeout));
+    EXPECT(is_plan ? w.is_plan_poisoned(r) : w.is_poisoned(r));
+  }
+  EXPECT(found);
 }
 
 int run_all_faults(int count, int seed, const std::vector<int>& groups) {
   for (int i = 0; i < count; ++i) {
-    const int ranks = groups[i % groups.size()];
-    a_choice_is_out_of_range(seed * 1000003ull + i, ranks, i / int(groups.size()) % ranks);
+    const int ranks = groups[i % groups.size()], rank = i / int(groups.size()) % ranks;
+    a_choice_is_out_of_range(seed * 1000003ull + i, ranks, rank);
+    for (bool is_plan : {true, false}) {
+      a_rank_is_mistaken(seed * 1000003ull + i, ranks, rank, is_plan);
+    }
   }
   return run_faults(count, seed, groups, failing_world);
 }

@@ -76,20 +76,25 @@ class DispatchWorld {
     }
   }
 
+  // Of rank r: plan and dispatch, or one of them.
   void issue(size_t i, int r) {
+    if (dispatches[i].is_planned) issue_plan(i, r);
+    issue_dispatch(i, r);
+  }
+  void issue_plan(size_t i, int r) {
     const Dispatch& o = dispatches[i];
-    const Launch how{o.c.num_sms, reinterpret_cast<cudaStream_t>(size_t(r)), 0};
-    if (o.is_planned) {
-      PlanParams p = plan_params(o.c, o.a[r], group.peers(r));
-      p.call.signature += 16 * uint32_t(i + 1);
-      launch_plan(&p, o.c.x, how);
-    }
+    PlanParams p = plan_params(o.c, o.a[r], group.peers(r));
+    p.call.signature += mark_of(i, r);
+    launch_plan(&p, o.c.x, launch_of(o, r));
+  }
+  void issue_dispatch(size_t i, int r) {
+    const Dispatch& o = dispatches[i];
     DispatchParams p = dispatch_params(o.c, o.a[r], group.peers(r));
-    p.call.signature += 16 * uint32_t(i + 1);
+    p.call.signature += mark_of(i, r);
     for (int k = 0; k < kMaxOutputs; ++k) p.call.lent.output[k].offset = places_.outputs[i][k];
     p.wire_percent = o.c.wire_percent;
     const Element x = o.c.prequantized ? Element::kFp8 : o.c.type;
-    launch_dispatch(&p, x, o.c.wire, o.c.hidden, how);
+    launch_dispatch(&p, x, o.c.wire, o.c.hidden, launch_of(o, r));
   }
   // Run what has been issued.
   void run() { group.run(kMostTurns); }
@@ -102,6 +107,9 @@ class DispatchWorld {
       std::memset(a.rows, value, o.row_bytes());
       std::memset(a.row_scales, value, o.scale_bytes());
       std::memset(a.row_scalars, value, o.scalar_bytes());
+      if (!o.is_planned) continue;
+      std::memset(a.plan.pair_row, value, o.c.x.num_pairs() * sizeof(int32_t));
+      std::memset(a.plan.counts, value, o.c.x.local_experts() * sizeof(int32_t));
     }
   }
   bool is_poisoned(int r) const {
@@ -109,13 +117,24 @@ class DispatchWorld {
     return is_poison(o.a[r].rows, o.row_bytes()) && is_poison(o.a[r].row_scales, o.scale_bytes()) &&
            (!o.c.weights || is_poison(o.a[r].row_scalars, o.scalar_bytes()));
   }
+  bool is_plan_poisoned(int r) const {
+    const Exchange& x = dispatches[0].c.x;
+    const PlanArrays& plan = dispatches[0].a[r].plan;
+    return is_poison(plan.pair_row, x.num_pairs() * sizeof(int32_t)) &&
+           std::all_of(plan.counts, plan.counts + x.local_experts(), [](int n) { return n == 0; });
+  }
 
   std::vector<Dispatch> dispatches;
+  int mistaken = -1;  // the rank that takes each operation for another one
 
  private:
   static constexpr uint64_t kMostTurns = 3'000'000;
 
   int ranks() const { return dispatches[0].c.x.num_ranks; }
+  static Launch launch_of(const Dispatch& o, int r) {
+    return {o.c.num_sms, reinterpret_cast<cudaStream_t>(size_t(r)), 0};
+  }
+  uint32_t mark_of(size_t i, int r) const { return 16 * uint32_t(i + 1) + (r == mistaken ? 8 : 0); }
 
   const DispatchPlaces places_;
   std::deque<Bytes> memory_;
