@@ -24,6 +24,15 @@ __device__ __forceinline__ char* dynamic_shared() {
   return base;
 }
 
+// Before a launch that may want more than 48 KiB of shared memory, what is not dynamic included.
+template <typename... Params>
+cudaError_t allow_dynamic_shared(void (*kernel)(Params...), size_t bytes) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                           cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  return error == cudaSuccess ? error : cudaGetLastError();
+}
+
 // What a launch may have on the current device.
 inline cudaError_t most_dynamic_shared(int* bytes) {
   int device;

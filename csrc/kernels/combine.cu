@@ -146,12 +146,10 @@ template <typename T, bool kFp8>
 cudaError_t load() {
   int bytes;
   cudaError_t error = ring_bytes(&bytes);
-  auto allow = [&](const void* kernel) {
-    if (error != cudaSuccess) return;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  };
-  allow(reinterpret_cast<const void*>(&combine_kernel<T, kFp8>));
-  if constexpr (kAllRanks) allow(reinterpret_cast<const void*>(&combine_all_ranks<T, kFp8>));
+  if (error == cudaSuccess) error = allow_dynamic_shared(combine_kernel<T, kFp8>, bytes);
+  if constexpr (kAllRanks) {
+    if (error == cudaSuccess) error = allow_dynamic_shared(combine_all_ranks<T, kFp8>, bytes);
+  }
   return error;
 }
 

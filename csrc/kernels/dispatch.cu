@@ -68,19 +68,14 @@ template <Wire W, typename T>
 cudaError_t launch(const DispatchParams* params, int hidden, const Launch& how) {
   const size_t shared =
       W == Wire::kDequantized ? kWarps * (hidden / kScaleBlock) * sizeof(float) : 0;
-  const void* kernel = reinterpret_cast<const void*>(&dispatch_kernel<W, T>);
-  if constexpr (kAllRanks) {
-    if (how.all_ranks) kernel = reinterpret_cast<const void*>(&dispatch_all_ranks<W, T>);
-  }
-  if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (error != cudaSuccess) return cudaGetLastError();
-  }
   if (how.all_ranks == 0) {
+    const cudaError_t error = allow_dynamic_shared(dispatch_kernel<W, T>, shared);
+    if (error != cudaSuccess) return error;
     return launch_kernel(dispatch_kernel<W, T>, how.num_sms, kThreads, shared, how.stream, *params);
   }
   if constexpr (kAllRanks) {
+    const cudaError_t error = allow_dynamic_shared(dispatch_all_ranks<W, T>, shared);
+    if (error != cudaSuccess) return error;
     return launch_kernel(dispatch_all_ranks<W, T>, dim3(how.num_sms, how.all_ranks), kThreads,
                          shared, how.stream, params);
   }

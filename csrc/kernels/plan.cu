@@ -282,13 +282,9 @@ size_t plan_scratch_words(const Exchange& e) { return PlanSizes::table_words(e);
 cudaError_t launch_plan(const PlanParams* params, const Exchange& e, const Launch& how) {
   const PlanSizes sizes(e, how.num_sms);
   const size_t shared = Shared::bytes(sizes);
-  const void* kernel = how.all_ranks ? reinterpret_cast<const void*>(&plan_all_ranks)
-                                     : reinterpret_cast<const void*>(&plan_kernel);
-  if (shared > 48 * 1024) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-    if (error != cudaSuccess) return cudaGetLastError();
-  }
+  const cudaError_t error = how.all_ranks ? allow_dynamic_shared(plan_all_ranks, shared)
+                                          : allow_dynamic_shared(plan_kernel, shared);
+  if (error != cudaSuccess) return error;
   if (how.all_ranks) {
     return launch_kernel(plan_all_ranks, dim3(how.num_sms, how.all_ranks), kThreads, shared,
                          how.stream, params, sizes);

@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 
+#include "../device/kernel.cuh"
 #include "combine_nodes.cuh"
 #include "dispatch_nodes.cuh"
 #include "exchange_routing.cuh"
@@ -53,10 +54,8 @@ cudaError_t launch_dispatch_over(const NodeDispatch& params, const Transport& tr
     constexpr auto kernel = &node_dispatch<W, decltype(type), Transport>;
     const size_t scales = params.dispatch.hidden / kScaleBlock;
     const size_t shared = W == Wire::kDequantized ? kWarps * scales * sizeof(float) : 0;
-    const cudaError_t error =
-        cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-    if (error != cudaSuccess) return cudaGetLastError();
+    const cudaError_t error = allow_dynamic_shared(kernel, shared);
+    if (error != cudaSuccess) return error;
     kernel<<<blocks, kThreads, shared, how.stream>>>(p);
     return cudaGetLastError();
   });
