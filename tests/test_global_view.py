@@ -100,8 +100,7 @@ def collectives(hlo):
 @pytest.mark.parametrize(
     "shape, names, split, axis_type",
     [
-        pytest.param(*MESHES[0], AUTO, marks=pytest.mark.newest),
-        pytest.param(*MESHES[1], AUTO, marks=pytest.mark.extensive),
+        *(pytest.param(*mesh, AUTO, marks=pytest.mark.extensive) for mesh in MESHES[:2]),
         (*MESHES[2], AUTO),
         *(pytest.param(*mesh, EXPLICIT, marks=pytest.mark.extensive) for mesh in MESHES[:2]),
         pytest.param(*MESHES[2], EXPLICIT, marks=pytest.mark.newest),

@@ -142,7 +142,10 @@ def test_nobody_is_left_behind(tmp_path, how):
     "processes, devices, selection",
     [
         (2, 4, "not formats and not float32 and not (every_operation and Auto)"),
-        (4, 1, "every and not capacity and not shard_map or initialize"),
+        pytest.param(
+            *(4, 1, "every and not capacity and not shard_map or initialize"),
+            marks=pytest.mark.extensive,
+        ),
     ],
 )
 def test_exchange_between_processes(tmp_path, processes, devices, selection):

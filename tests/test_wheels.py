@@ -105,6 +105,7 @@ def test_they_work_without_a_compiler(python):
 
 
 @with_cuda
+@pytest.mark.extensive  # as test_demo.py runs it
 def test_the_demo_runs(python):
     out = python("-m", "jax_ep", "demo", "--size", "small", "--steps", "3", "--out", "demo.png")
     assert "after 3 steps" in out
