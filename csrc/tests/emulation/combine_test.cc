@@ -5,11 +5,9 @@
 //
 //   combine_test [--cases N] [--seed S] [--ranks R] [--faults]
 #include "../../kernels/combine_parts.cuh"
-#include "../options.h"
 #include "../random_case.h"
 #include "combine_world.h"
-#include "large_faults.h"
-#include "series.h"
+#include "large.h"
 
 namespace jax_ep {
 namespace {
@@ -147,18 +145,8 @@ CombineWorld failing_world(uint64_t seed, int ranks) {
 }  // namespace jax_ep
 
 int main(int argc, char** argv) {
-  setvbuf(stdout, nullptr, _IOLBF, 0);
-  int cases = 8, seed = 1, ranks = 0;
-  bool faults = false;
-  const bool known = jax_ep::take_options(argc, argv,
-                                          {{"--cases", &cases},
-                                           {"--seed", &seed},
-                                           {"--ranks", &ranks},
-                                           {"--faults", nullptr, &faults}});
-  if (!known) return 2;
-  std::vector<int> groups = {2, 3, 5, 1, 4};
-  if (faults) groups = {2, 3};
-  if (ranks > 0) groups = {ranks};
-  if (faults) return jax_ep::run_faults(cases, seed, groups, jax_ep::failing_world);
-  return jax_ep::run_series(cases, seed, groups, jax_ep::run_case);
+  using namespace jax_ep;
+  return run_large(argc, argv, run_case, [](int count, int seed, const std::vector<int>& groups) {
+    return run_faults(count, seed, groups, failing_world);
+  });
 }

@@ -4,11 +4,9 @@
 // away, sends to an expert that there is not, or takes an operation for another one.
 //
 //   dispatch_test [--cases N] [--seed S] [--ranks R] [--faults]
-#include "../options.h"
 #include "../random_case.h"
 #include "dispatch_world.h"
-#include "large_faults.h"
-#include "series.h"
+#include "large.h"
 
 namespace jax_ep {
 namespace {
@@ -177,18 +175,5 @@ int run_all_faults(int count, int seed, const std::vector<int>& groups) {
 }  // namespace jax_ep
 
 int main(int argc, char** argv) {
-  setvbuf(stdout, nullptr, _IOLBF, 0);
-  int cases = 8, seed = 1, ranks = 0;
-  bool faults = false;
-  const bool known = jax_ep::take_options(argc, argv,
-                                          {{"--cases", &cases},
-                                           {"--seed", &seed},
-                                           {"--ranks", &ranks},
-                                           {"--faults", nullptr, &faults}});
-  if (!known) return 2;
-  std::vector<int> groups = {2, 3, 5, 1, 4};
-  if (faults) groups = {2, 3};
-  if (ranks > 0) groups = {ranks};
-  if (faults) return jax_ep::run_all_faults(cases, seed, groups);
-  return jax_ep::run_series(cases, seed, groups, jax_ep::run_case);
+  return jax_ep::run_large(argc, argv, jax_ep::run_case, jax_ep::run_all_faults);
 }

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// What becomes of an operation of the large path when a rank stays away, or flags: of a world with
-// one operation, for which ranks wait a short time.
+// The programs that test operations of the large path; and what becomes of one when a rank stays
+// away, or flags: of a world with one operation, for which ranks wait a short time.
 #pragma once
 #include "../expect.h"
+#include "../options.h"
+#include "series.h"
 #include "weak_group.h"
 
 namespace jax_ep {
@@ -57,6 +59,23 @@ int run_faults(int count, int seed, const std::vector<int>& groups, Make&& make)
   }
   std::printf("%d cases of faults, %d failures\n", count, failures);
   return failures != 0;
+}
+
+// A program: `go(seed of the case, ranks)` for groups in turn, or `faults(count, seed, groups)`;
+// the exit status.
+template <typename Go, typename Faults>
+int run_large(int argc, char** argv, Go&& go, Faults&& faults) {
+  setvbuf(stdout, nullptr, _IOLBF, 0);
+  int cases = 8, seed = 1, ranks = 0;
+  bool fails = false;
+  const bool known = take_options(
+      argc, argv,
+      {{"--cases", &cases}, {"--seed", &seed}, {"--ranks", &ranks}, {"--faults", nullptr, &fails}});
+  if (!known) return 2;
+  std::vector<int> groups = {2, 3, 5, 1, 4};
+  if (fails) groups = {2, 3};
+  if (ranks > 0) groups = {ranks};
+  return fails ? faults(cases, seed, groups) : run_series(cases, seed, groups, go);
 }
 
 }  // namespace jax_ep
