@@ -35,10 +35,11 @@ class RandomCases {
     for (int r = 0; r < c.x.num_ranks; ++r) pick_rows(c);
   }
 
- private:
+  // What the caller draws besides.
   int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng_); }
   bool chance(double p) { return std::uniform_real_distribution<double>()(rng_) < p; }
 
+ private:
   void pick_exchange(Case& c, int R) {
     Exchange& x = c.x;
     x.num_ranks = R;

@@ -30,35 +30,36 @@ class Series {
     Combine o;
     Case& c = o.c;
     c = cases_.next(ranks);
-    const bool many_ranks = ranks > 8, many = !many_ranks && chance(0.05);
-    if (many || many_ranks || chance(0.4)) {
-      c.x.num_tokens = many ? pick(130, 300) : many_ranks ? pick(1, 2) : pick(0, 40);
+    const bool many_ranks = ranks > 8, many = !many_ranks && cases_.chance(0.05);
+    if (many || many_ranks || cases_.chance(0.4)) {
+      c.x.num_tokens = many         ? cases_.pick(130, 300)
+                       : many_ranks ? cases_.pick(1, 2)
+                                    : cases_.pick(0, 40);
     }
-    if (chance(0.1)) c.x.top_k = kMaxTopK;
-    if (many_ranks) c.num_sms = pick(1, 2);
-    const bool long_rows = !many && !many_ranks && chance(0.4);
-    const int vecs = many ? pick(1, 8) : long_rows ? pick(100, 700) : pick(1, 60);
+    if (cases_.chance(0.1)) c.x.top_k = kMaxTopK;
+    if (many_ranks) c.num_sms = cases_.pick(1, 2);
+    const bool long_rows = !many && !many_ranks && cases_.chance(0.4);
+    const int vecs = many        ? cases_.pick(1, 8)
+                     : long_rows ? cases_.pick(100, 700)
+                                 : cases_.pick(1, 60);
     c.hidden = vecs * int(16 / size_of(c.type));
     if (long_rows) {  // of which several blocks push segments
-      c.x.num_tokens = pick(1, 6);
-      c.num_sms = pick(1, 5);
+      c.x.num_tokens = cases_.pick(1, 6);
+      c.num_sms = cases_.pick(1, 5);
     }
-    if (chance(0.4)) c.hidden = ceil_div(c.hidden, kScaleBlock) * kScaleBlock;
-    c.quantized_partials = c.hidden % kScaleBlock == 0 && chance(0.7);
+    if (cases_.chance(0.4)) c.hidden = ceil_div(c.hidden, kScaleBlock) * kScaleBlock;
+    c.quantized_partials = c.hidden % kScaleBlock == 0 && cases_.chance(0.7);
     constexpr int kPercent[] = {0, 20, 80};
-    c.wire_percent = kPercent[pick(0, 2)];
+    c.wire_percent = kPercent[cases_.pick(0, 2)];
     cases_.refill(c);
-    o.has_y = chance(0.9);
-    o.has_scalars = !o.has_y || chance(0.6);
-    o.shared = (12 << 10) + pick(1, 20) * kMostSegmentVecs * int(sizeof(Vec));
+    o.has_y = cases_.chance(0.9);
+    o.has_scalars = !o.has_y || cases_.chance(0.6);
+    o.shared = (12 << 10) + cases_.pick(1, 20) * kMostSegmentVecs * int(sizeof(Vec));
     pick_results(o);
     return o;
   }
 
  private:
-  int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng_); }
-  bool chance(double p) { return std::uniform_real_distribution<double>()(rng_) < p; }
-
   // Every second rank's rows begin with zeros: blocks that have no scale of their own.
   void pick_results(Combine& o) {
     const Case& c = o.c;

@@ -29,12 +29,12 @@ class Series {
     Dispatch o;
     Case& c = o.c;
     c = cases_.next(ranks);
-    const bool many = ranks <= 3 && chance(0.05), wide = chance(0.1),
-               long_rows = !many && chance(0.3);
-    if (wide) c.x.num_experts = ranks * pick(5, 80);
+    const bool many = ranks <= 3 && cases_.chance(0.05), wide = cases_.chance(0.1),
+               long_rows = !many && cases_.chance(0.3);
+    if (wide) c.x.num_experts = ranks * cases_.pick(5, 80);
     if (many) {
-      c.x.num_tokens = kMaxChunks + pick(1, 100);
-      c.x.top_k = pick(1, 2);
+      c.x.num_tokens = kMaxChunks + cases_.pick(1, 100);
+      c.x.top_k = cases_.pick(1, 2);
       c.hidden = c.wire == Wire::kCopy && !c.prequantized ? 8 : kScaleBlock;
     }
     if (wide || many) {
@@ -42,20 +42,17 @@ class Series {
       c.x.batched = 0;
     }
     if (long_rows) {
-      c.x.num_tokens = pick(1, 4);
-      c.hidden *= pick(2, 12);
+      c.x.num_tokens = cases_.pick(1, 4);
+      c.hidden *= cases_.pick(2, 12);
     }
     constexpr int kPercent[] = {0, 20, 80};
-    c.wire_percent = kPercent[pick(0, 2)];
+    c.wire_percent = kPercent[cases_.pick(0, 2)];
     cases_.refill(c);
-    o.is_planned = chance(0.5);
+    o.is_planned = cases_.chance(0.5);
     return o;
   }
 
  private:
-  int pick(int low, int high) { return std::uniform_int_distribution<int>(low, high)(rng_); }
-  bool chance(double p) { return std::uniform_real_distribution<double>()(rng_) < p; }
-
   std::mt19937 rng_;
   RandomCases cases_;
 };

@@ -44,7 +44,7 @@ class Series {
   }
   Results pick_results(const Case& c) { return random_results(c, rng_); }
   size_t below(size_t n) { return rng_() % n; }
-  bool chance(double p) { return std::uniform_real_distribution<double>()(rng_) < p; }
+  bool chance(double p) { return cases_.chance(p); }
   uint64_t seed() const { return seed_; }
 
  private:
@@ -161,10 +161,7 @@ void exchange(uint64_t seed, const Layout& layout) {
 void receiving_blocks_are_late(uint64_t seed, const Layout& layout) {
   const int R = layout.ranks;
   Series series(seed);
-  Case c;
-  do {
-    c = series.next_case(layout);
-  } while (c.x.num_tokens == 0);
+  Case c = series.next_case(layout);
   c.num_sms = R * c.x.num_tokens;
   SlotWorld w(layout, kSlots, seed, kForever);
   w.add(c, series.pick_results(c));
@@ -236,7 +233,7 @@ class Failure {
     const char* first = rows ? e.a[r].rows : e.a[r].out;
     const size_t bytes = rows ? size_t(e.c.x.num_rows) * row_bytes_of(e.c)
                               : size_t(e.c.x.num_tokens) * e.c.hidden * size_of(e.c.type);
-    EXPECT(std::all_of(first, first + bytes, [](char byte) { return byte == char(0xff); }));
+    EXPECT(is_poison(first, bytes));
   }
   bool is(int r, Fault fault) const { return w_.group.records[r].fault == uint32_t(fault); }
   bool timed_out(int r) const { return is(r, Fault::kTimeout); }
